@@ -1,0 +1,123 @@
+"""From settings to the parts of a run: rows, model, engine, trainer; and the model's way out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from cc_ds import export
+from cc_ds.config import Config
+from cc_ds.connection.model import CCModelForCausalLM
+from cc_ds.data.batches import CCCollator
+from cc_ds.data.templates import load_template
+from cc_ds.data.tokenise import load_tokenised
+from cc_ds.dist.engine import build_engine, engine_config, sharded_construction
+from cc_ds.dist.group import Group
+from cc_ds.dist.zero import full_state_dict
+from cc_ds.telemetry import log
+from cc_ds.trainer import Trainer, count_steps
+
+
+@dataclass(frozen=True, slots=True)
+class RunData:
+    """Tokenised rows and what made them."""
+
+    tokenizer: PreTrainedTokenizerBase
+    stop_token_ids: list[int]
+    train: Dataset
+    validation: Dataset | None
+
+
+def build_data(config: Config, group: Group) -> RunData:
+    """Tokenise the training and validation rows: rank 0 first, the others read its cache."""
+    model, data = config.model, config.data
+    export.check_model_folder(model.model_name_or_path)
+    tokenizer = AutoTokenizer.from_pretrained(
+        model.tokenizer_name or model.model_name_or_path, trust_remote_code=model.trust_remote_code
+    )
+    template = load_template(tokenizer, model.chat_template)
+
+    def read(files: tuple[str, ...]) -> Dataset:
+        rows, summary = load_tokenised(
+            files,
+            tokenizer,
+            template,
+            max_length=data.max_length,
+            max_english_length=data.max_english_length,
+            on_long=data.on_long,
+            on_bad_row=data.on_bad_row,
+            column_map=data.column_map,
+            cache_dir=data.data_cache_dir,
+        )
+        if group.is_main:
+            log.info("%s", summary)
+        return rows
+
+    with group.main_first():
+        train = read(data.train_file)
+        validation = read(data.validation_file) if data.validation_file else None
+    return RunData(tokenizer, list(template.stop_token_ids), train, validation)
+
+
+def build_model(config: Config, group: Group) -> tuple[CCModelForCausalLM, dict[str, Any]]:
+    """The model, sharded from the start under ZeRO-3, and the engine's configuration."""
+    model_config, train = config.model, config.train
+    if not group.is_main:
+        transformers_logging.set_verbosity_error()  # rank 0 speaks
+    transformers_logging.disable_progress_bar()
+    hf_config = AutoConfig.from_pretrained(
+        model_config.model_name_or_path, trust_remote_code=model_config.trust_remote_code
+    )
+    ds_config = engine_config(train, hf_config.hidden_size)
+    options: dict[str, Any] = {"trust_remote_code": model_config.trust_remote_code}
+    if model_config.attn_implementation is not None:
+        options["attn_implementation"] = model_config.attn_implementation
+    construction = sharded_construction(ds_config)  # alive while the model is built
+    model = CCModelForCausalLM.from_pretrained(
+        model_config.model_name_or_path,
+        cc_config=config.cc,
+        torch_dtype=torch.bfloat16 if train.bf16 else torch.float32,
+        config=hf_config,
+        **options,
+    )
+    del construction
+    if model_config.gradient_checkpointing:
+        model.activation_checkpointing_enable()
+    if train.method == "sft":
+        model.decision_maker.requires_grad_(False)
+    return model, ds_config
+
+
+def build_trainer(
+    config: Config, group: Group, data: RunData, model: CCModelForCausalLM, ds_config: dict[str, Any]
+) -> Trainer:
+    """The engine over the model and the trainer over the engine."""
+    total_steps = count_steps(config, len(data.train), group.world_size)
+    engine = build_engine(model, ds_config, config.train, total_steps)
+    collator = CCCollator(_pad_token_id(data.tokenizer), connect=config.train.method == "cc")
+    return Trainer(engine, group, config, data.train, data.validation, collator)
+
+
+def export_model(trainer: Trainer, data: RunData, folder: Path) -> None:
+    """The tuned model in `folder`: a stock checkpoint, its tokenizer, the connection. Every rank must call it."""
+    model = trainer.engine.module
+    state_dict = full_state_dict(model, keep=trainer.group.is_main)
+    if trainer.group.is_main:
+        # generate stops where the template's turn ends
+        model.generation_config.eos_token_id = data.stop_token_ids
+        model.generation_config.pad_token_id = _pad_token_id(data.tokenizer)
+        model.save_pretrained(folder, state_dict=state_dict)
+        data.tokenizer.save_pretrained(folder)
+        log.info("saved the model in %s", folder)
+    trainer.group.barrier()
+
+
+def _pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    # Padding is masked everywhere, so any token serves a tokenizer that has none.
+    return next(token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if token is not None)

@@ -1,0 +1,71 @@
+"""What every tool's main() shares: how mistakes end, and the arguments that name and load a model."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from cc_ds import CCModelForCausalLM
+    from cc_ds.data.templates import Template
+
+
+def run(main: Callable[[], int | None]) -> NoReturn:
+    """Run `main` and exit with what it returns, or 0.
+
+    A user's mistake (ValueError, or a file that is not there) is one line `error: ...` on stderr and exit code 2;
+    Ctrl-C is 130; any other exception is a bug of ours and keeps its traceback. Warnings of cc_ds go to stderr, so that
+    stdout carries results alone.
+    """
+    # Ours alone: libraries bring handlers of their own, and would say everything twice.
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    logging.getLogger("cc_ds").addHandler(handler)
+    try:
+        code = main()
+    except (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    sys.exit(code or 0)
+
+
+def tool_parser(description: str) -> argparse.ArgumentParser:
+    """A parser whose help opens with the tool's docstring, with the arguments that `load_model` reads."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="model folder, or a name on the Hugging Face hub")
+    parser.add_argument("--chat_template", help="built-in chat template, where the model's own is missing or unwanted")
+    parser.add_argument("--batch_size", type=positive, default=8, help="prompts read at once (default 8)")
+    parser.add_argument("--device", help="cuda, cuda:1, cpu ... (default: cuda where there is one)")
+    parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn (default 0)")
+    return parser
+
+
+def positive(text: str) -> int:
+    """An argument that is a whole number of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def load_model(args: argparse.Namespace) -> tuple[CCModelForCausalLM, Any, Template]:
+    """The model on its device in eval mode, its tokenizer and its template. ValueError: anything missing there."""
+    import torch
+    from transformers import AutoTokenizer
+
+    from cc_ds import CCModelForCausalLM
+    from cc_ds.data.templates import load_template
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(args.model)
+    except OSError as error:
+        raise ValueError(f"{args.model}: no model folder with a tokenizer ({error})") from error
+    template = load_template(tokenizer, args.chat_template)
+    model = CCModelForCausalLM.from_pretrained(args.model)
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return model.to(device).eval(), tokenizer, template

@@ -1,0 +1,1 @@
+"""The connection between the English and the target pass: capture, decide, fuse."""

@@ -1,0 +1,334 @@
+"""CCModelForCausalLM: a stock Hugging Face causal LM with the connection attached.
+
+The class of a loaded model derives from the stock class (LlamaForCausalLM, ...) and adds one module, the Decision
+Maker, and hooks (capture.py). Every key of the base model therefore stays as it was, and whatever works on a stock
+model (generate, DeepSpeed, activation checkpointing) works on this one. No modelling code is copied.
+
+One forward in training: English prompt -> E (L, B, H) -> target sequence with E fused -> logits, loss.
+
+Shapes: B examples, T target positions, T_en English positions, L layers, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, PretrainedConfig
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from cc_ds import export
+from cc_ds.config import CCConfig
+from cc_ds.connection.capture import FusePass, Hooks, Pass, ReadPass
+from cc_ds.connection.decision import DecisionMaker, gumbel_noise
+from cc_ds.infer.generate import generate_connected
+from cc_ds.models.arch import decoder_of, family_of
+
+# The Decision Maker's name in the authors' checkpoints.
+_AUTHORS_KEYS = {r"^model\.source_select\.": "decision_maker."}
+
+
+@dataclass
+class CCOutput(CausalLMOutputWithPast):
+    """A causal LM's output and what the connection did. The last four are None for a plain pass."""
+
+    english_activations: Tensor | None = None
+    """E, (L, B, H): English FFN outputs at the English anchor, in the model's dtype."""
+    decision_logits: Tensor | None = None
+    """(B, L), float32 or wider, before the noise."""
+    choice: Tensor | None = None
+    """(B, L): the gate's values; all zero for a row without English."""
+    fusion_ratio: Tensor | None = None
+    """(B,): norm of the fused activation over the norm of the FFN output it is added to."""
+
+
+class CCModelForCausalLM:
+    """What the connection adds to a stock causal LM. Make one with `from_pretrained` or `from_config`."""
+
+    _keys_to_ignore_on_load_missing: ClassVar[list[str]] = [r"decision_maker\."]
+
+    def __init__(self, config: PretrainedConfig, cc_config: CCConfig | None = None) -> None:
+        super().__init__(config)
+        self.cc_config = cc_config or CCConfig()
+        self.family = family_of(config.model_type)
+        layers = config.num_hidden_layers
+        if self.cc_config.fuse_layer >= layers:
+            raise ValueError(f"fuse_layer is {self.cc_config.fuse_layer}, but the model has layers 0 to {layers - 1}")
+        self.decision_maker = DecisionMaker(config.hidden_size, layers, self.cc_config)
+        self._init_weights(self.decision_maker)
+        self.register_buffer("transform", None, persistent=False)
+        self.hooks = Hooks(self, self.family)
+        self.prefill_pass: FusePass | None = None
+
+    # ---- making one ----
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_id: str | Path,
+        cc_config: CCConfig | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        **kwargs,
+    ) -> CCModelForCausalLM:
+        """Load a stock checkpoint, a folder that `save_pretrained` wrote, or a folder of the authors' code.
+
+        Args:
+            path_or_id: a folder, or a name on the Hugging Face hub.
+            cc_config: the connection's settings; None: those stored in the folder, else the defaults.
+            torch_dtype: of the weights; None: as stored.
+            kwargs: for the stock model's `from_pretrained`.
+
+        Returns:
+            The model in evaluation mode. A Decision Maker that the folder does not hold is initialised as Hugging Face
+            initialises a Linear.
+
+        Raises:
+            ValueError: an unknown family, no weights, or a connection file that does not fit the model.
+        """
+        export.check_model_folder(path_or_id)
+        config = kwargs.pop("config", None) or AutoConfig.from_pretrained(
+            path_or_id, trust_remote_code=kwargs.get("trust_remote_code", False)
+        )
+        stored = export.read_connection(path_or_id)
+        if torch_dtype is not None:
+            kwargs["dtype"] = torch_dtype
+        kwargs["key_mapping"] = {**_AUTHORS_KEYS, **kwargs.get("key_mapping", {})}
+        model = super(CCModelForCausalLM, concrete_class(config)).from_pretrained(
+            path_or_id, config=config, cc_config=cc_config or stored.cc_config, **kwargs
+        )
+        export.apply_connection(model, stored)
+        return model
+
+    @classmethod
+    def from_config(cls, config: PretrainedConfig, cc_config: CCConfig | None = None) -> CCModelForCausalLM:
+        """A randomly initialised model of the config's family."""
+        return concrete_class(config)(config, cc_config=cc_config)
+
+    def save_pretrained(
+        self, save_directory: str | Path, state_dict: dict[str, Tensor] | None = None, **kwargs
+    ) -> None:
+        """Write a stock checkpoint and, beside it, cc_connection.safetensors and cc_config.json.
+
+        `AutoModelForCausalLM.from_pretrained(folder)` loads it without a warning as the base model alone.
+        """
+        state_dict = self.state_dict() if state_dict is None else state_dict
+        base = {name: tensor for name, tensor in state_dict.items() if not name.startswith("decision_maker.")}
+        super().save_pretrained(save_directory, state_dict=base, **kwargs)
+        if kwargs.get("is_main_process", True):
+            export.write_connection(save_directory, self.cc_config, state_dict["decision_maker.weight"], self.transform)
+
+    def set_transform(self, transform: Tensor | None) -> None:
+        """Give the model its Transform Matrix W, (H, H) or (L, H, H), float32 or float64; None removes it.
+
+        Raises:
+            ValueError: a wrong shape, NaN or Inf.
+        """
+        if transform is not None:
+            export.check_transform(transform, self.config.num_hidden_layers, self.config.hidden_size)
+            dtype = torch.promote_types(transform.dtype, torch.float32)
+            transform = transform.detach().to(device=self.device, dtype=dtype)
+        self.transform = transform
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func=checkpoint, **kwargs
+    ) -> None:
+        # Where every public way to switch checkpointing on ends in transformers.
+        if enable:
+            if getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
+                raise ValueError(
+                    "use_reentrant=True cuts the gradient through the English activations; "
+                    "leave it out or set it to False"
+                )
+            gradient_checkpointing_func = functools.partial(
+                gradient_checkpointing_func, use_reentrant=False, context_fn=self.hooks.checkpoint_contexts
+            )
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
+
+    # ---- the two passes ----
+
+    def anchor_activations(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        anchors: Tensor | None = None,
+        **decoder_kwargs,
+    ) -> Tensor:
+        """Read prompts alone and keep each layer's FFN output at the anchor (METHOD, Training, step 2).
+
+        Args:
+            input_ids, attention_mask: (B, T).
+            anchors: (B,) int64; None: the last token that is not padding.
+            decoder_kwargs: for the decoder, past_key_values and position_ids among them.
+
+        Returns:
+            (L, B, H) in the model's dtype. No connection acts and no LM head runs.
+        """
+        if anchors is None:
+            anchors = default_anchors(input_ids, attention_mask, None)
+        decoder_kwargs.setdefault("use_cache", False)
+        read = ReadPass(anchors)
+        with self.hooks.during(read):
+            decoder_of(self, self.family)(input_ids=input_ids, attention_mask=attention_mask, **decoder_kwargs)
+        return read.activations()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values=None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        anchors: Tensor | None = None,
+        english_input_ids: Tensor | None = None,
+        english_attention_mask: Tensor | None = None,
+        english_anchors: Tensor | None = None,
+        gate_noise: Tensor | None = None,
+        **kwargs,
+    ) -> CCOutput:
+        """One forward: the English pass when there is an English prompt, then the target pass.
+
+        Args:
+            input_ids, attention_mask, labels: (B, T); labels -100 where no loss is taken.
+            anchors: (B,) int64; None: the position before the first label that counts, or the last token that is not
+                padding.
+            english_input_ids, english_attention_mask: (B, T_en), prompts only. A row whose mask is all zero has no
+                English prompt and passes as plain SFT.
+            english_anchors: (B,) int64; None: the last English token.
+            gate_noise: (B, L); None: Gumbel(0, 1) in training mode, zeros in evaluation mode.
+            kwargs: for the stock forward; `num_items_in_batch` makes the loss a sum divided by it.
+
+        Raises:
+            ValueError: anchors or noise of a wrong shape.
+        """
+        # generate's pass acts in its first forward, the prefill, and in no later one
+        current, self.prefill_pass = self.prefill_pass, None
+        if english_input_ids is not None:
+            current = self._read_english(
+                input_ids, attention_mask, labels, anchors, english_input_ids, english_attention_mask, english_anchors,
+                gate_noise,
+            )  # fmt: skip
+        if use_cache is None and (labels is not None or self.training):
+            use_cache = False  # a cache that nobody reads would keep every key and value alive through the backward
+        with self.hooks.during(current):
+            output = super().forward(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                labels=labels,
+                use_cache=use_cache,
+                logits_to_keep=logits_to_keep,
+                **kwargs,
+            )
+        return _with_connection(output, current)
+
+    def _read_english(
+        self, input_ids, attention_mask, labels, anchors, english_input_ids, english_attention_mask, english_anchors,
+        noise,
+    ) -> FusePass:  # fmt: skip
+        """The English pass and everything the target pass needs from it."""
+        batch = input_ids.shape[0]
+        mask = None
+        if english_attention_mask is not None:
+            mask = english_attention_mask.any(dim=1)
+            # A row without English still runs: it reads one padding token, as softmax over no key at all is NaN.
+            english_attention_mask = english_attention_mask.clone()
+            english_attention_mask[:, 0] |= (~mask).to(english_attention_mask.dtype)
+        grad = nullcontext() if self.cc_config.english_grad else torch.no_grad()
+        with grad:
+            english_LBH = self.anchor_activations(english_input_ids, english_attention_mask, english_anchors)
+        return self.fuse_pass(
+            english_LBH,
+            default_anchors(input_ids, attention_mask, labels) if anchors is None else anchors,
+            mask,
+            gumbel_noise(batch, english_LBH.shape[0], english_LBH.device) if noise is None and self.training else noise,
+        )
+
+    def fuse_pass(
+        self, english_LBH: Tensor, anchors: Tensor, mask: Tensor | None = None, noise: Tensor | None = None
+    ) -> FusePass:
+        """A pass that fuses `english_LBH` (L, B, H) at `anchors` (B,), with `noise` (B, L) or none."""
+        layers, batch, _ = english_LBH.shape
+        if anchors.shape != (batch,):
+            raise ValueError(f"anchors must have shape ({batch},), one per row, not {tuple(anchors.shape)}")
+        if noise is None:
+            noise = english_LBH.new_zeros(batch, layers, dtype=torch.float32)
+        if noise.shape != (batch, layers):
+            raise ValueError(f"gate_noise must have shape ({batch}, {layers}), not {tuple(noise.shape)}")
+        return FusePass(self.decision_maker, english_LBH, anchors, noise, self.cc_config.fuse_layer, mask)
+
+    def generate(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        anchors: Tensor | None = None,
+        english_input_ids: Tensor | None = None,
+        english_attention_mask: Tensor | None = None,
+        english_anchors: Tensor | None = None,
+        connect: bool = True,
+        **kwargs,
+    ):
+        """Hugging Face's `generate`, connected when there is something to connect to.
+
+        With English prompts, the connection takes their activations (the upper bound); else with a transform it takes
+        S W, read from the target prompt in one prefill; else, or with `connect=False`, generation is plain.
+
+        Args:
+            input_ids, attention_mask: (B, T), padded on the left.
+            anchors: (B,) int64; None: the last prompt token.
+            kwargs: Hugging Face's generation arguments.
+        """
+        if not connect or (self.transform is None and english_input_ids is None):
+            return super().generate(input_ids, attention_mask=attention_mask, **kwargs)
+        plain_generate = functools.partial(super().generate)
+        english = (english_input_ids, english_attention_mask, english_anchors)
+        return generate_connected(self, plain_generate, input_ids, attention_mask, anchors, english, **kwargs)
+
+
+@functools.cache
+def _subclass(stock_class: type) -> type:
+    # The stock class's own name: save_pretrained writes it into config.json as the architecture.
+    return type(stock_class.__name__, (CCModelForCausalLM, stock_class), {"__module__": __name__})
+
+
+def concrete_class(config: PretrainedConfig) -> type:
+    """The stock class of a config with the connection in front."""
+    family_of(config.model_type)
+    return _subclass(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
+
+
+def default_anchors(input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None) -> Tensor:
+    """(B,) int64: the position before the first label that counts, or the last token that is not padding."""
+    batch, length = input_ids.shape
+    if attention_mask is None:
+        last = torch.full((batch,), length - 1, dtype=torch.long, device=input_ids.device)
+    else:
+        positions = torch.arange(length, device=input_ids.device)
+        last = (positions * (attention_mask != 0)).argmax(dim=1)
+    if labels is None:
+        return last
+    counts = labels != -100
+    return torch.where(counts.any(dim=1), (counts.int().argmax(dim=1) - 1).clamp_min(0), last)
+
+
+def _with_connection(output: CausalLMOutputWithPast, current: Pass | None) -> CCOutput:
+    fields = {name: output.get(name) for name in ("loss", "logits", "past_key_values", "hidden_states", "attentions")}
+    if isinstance(current, FusePass):
+        fields |= {
+            "english_activations": current.english_LBH,
+            "decision_logits": current.decision_logits,
+            "choice": current.choice,
+            "fusion_ratio": current.fusion_ratio,
+        }
+    return CCOutput(**fields)

@@ -1,0 +1,1 @@
+"""The only room that imports deepspeed: process group, engine, partitioned parameters."""

@@ -1,0 +1,136 @@
+"""What stands in an exported folder beside the stock checkpoint: the connection.
+
+config.json, model*.safetensors, ...   stock Hugging Face; loads in AutoModelForCausalLM
+cc_config.json                         CCConfig
+cc_connection.safetensors              decision_maker.weight (L, H); transform (H, H) or (L, H, H) when fitted
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from cc_ds.config import CCConfig, from_dict
+from cc_ds.dist.zero import gathered
+
+CONNECTION_FILE = "cc_connection.safetensors"
+CONFIG_FILE = "cc_config.json"
+
+
+@dataclass(frozen=True, slots=True)
+class StoredConnection:
+    """The connection as a folder holds it; every part may be absent."""
+
+    folder: str
+    cc_config: CCConfig | None = None
+    decision_maker: Tensor | None = None
+    transform: Tensor | None = None
+
+
+def check_model_folder(path_or_id: str | Path) -> None:
+    """A path to a folder must be a model folder with weights; a name on the hub is left to the loader.
+
+    Raises:
+        ValueError: a path that looks local and does not exist, or a folder without config.json or weights.
+    """
+    folder = Path(path_or_id)
+    if not folder.exists():
+        if str(path_or_id).startswith((".", "/", "~")) or str(path_or_id).count("/") > 1:
+            raise ValueError(f"{path_or_id}: no such model folder")
+        return
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder}: not a model folder, it has no config.json")
+    if not any(folder.glob("*.safetensors")) or not any(
+        file.name != CONNECTION_FILE for file in folder.glob("*.safetensors")
+    ):
+        pickled = sorted(file.name for file in folder.glob("*.bin"))
+        remedy = (
+            f"it has {', '.join(pickled)}, which are pickles and are not read: convert them to safetensors first"
+            if pickled
+            else "copy its *.safetensors files there, or name the folder that has them"
+        )
+        raise ValueError(f"{folder}: a model folder without weights (no *.safetensors); {remedy}")
+
+
+def read_connection(path_or_id: str | Path) -> StoredConnection:
+    """The connection stored in a folder.
+
+    Raises:
+        ValueError: a file that is truncated or not safetensors, or settings that are not known.
+    """
+    folder = Path(path_or_id)
+    cc_config = None
+    if (folder / CONFIG_FILE).is_file():
+        try:
+            stored = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{folder / CONFIG_FILE}: not JSON ({error}); export the model again") from error
+        cc_config = from_dict(CCConfig, stored, source=str(folder / CONFIG_FILE))
+    tensors: dict[str, Tensor] = {}
+    path = folder / CONNECTION_FILE
+    if path.is_file():
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path}: truncated or not safetensors ({error}); export the model again") from error
+    return StoredConnection(str(folder), cc_config, tensors.get("decision_maker.weight"), tensors.get("transform"))
+
+
+def apply_connection(model, stored: StoredConnection) -> None:
+    """Put a stored Decision Maker and transform into a model.
+
+    Raises:
+        ValueError: sizes that are not the model's, NaN or Inf.
+    """
+    if stored.decision_maker is not None:
+        weight = model.decision_maker.weight
+        shape = (model.config.num_hidden_layers, model.config.hidden_size)
+        if tuple(stored.decision_maker.shape) != shape:
+            raise ValueError(
+                f"{stored.folder}/{CONNECTION_FILE}: decision_maker.weight has shape "
+                f"{tuple(stored.decision_maker.shape)}, the model needs {shape} (layers, hidden size)"
+            )
+        with gathered([weight], modify=True), torch.no_grad():
+            weight.copy_(stored.decision_maker)
+    if stored.transform is not None:
+        try:
+            model.set_transform(stored.transform)
+        except ValueError as error:
+            raise ValueError(f"{stored.folder}/{CONNECTION_FILE}: {error}") from error
+
+
+def write_connection(folder: str | Path, cc_config: CCConfig, decision_maker: Tensor, transform: Tensor | None) -> None:
+    """Write cc_config.json and cc_connection.safetensors."""
+    folder = Path(folder)
+    tensors = {"decision_maker.weight": decision_maker.detach().cpu().contiguous()}
+    if transform is not None:
+        tensors["transform"] = transform.detach().cpu().contiguous()
+    save_file(tensors, folder / CONNECTION_FILE, metadata={"format": "pt"})
+    (folder / CONFIG_FILE).write_text(json.dumps(asdict(cc_config), indent=2) + "\n", encoding="utf-8")
+
+
+def check_transform(transform: Tensor, num_layers: int, hidden_size: int) -> None:
+    """A Transform Matrix must be (H, H) or (L, H, H) and finite.
+
+    Raises:
+        ValueError: it is not.
+    """
+    shapes = [(hidden_size, hidden_size), (num_layers, hidden_size, hidden_size)]
+    if tuple(transform.shape) not in shapes:
+        raise ValueError(
+            f"the transform has shape {tuple(transform.shape)}, this model needs {shapes[0]} or, one per layer, "
+            f"{shapes[1]}; fit it on this model with tools/fit_transform.py"
+        )
+    bad = int((~torch.isfinite(transform)).sum())
+    if bad:
+        raise ValueError(
+            f"the transform has {bad} values that are NaN or Inf; fit it again with tools/fit_transform.py "
+            f"and look at the activations it was fitted on"
+        )

@@ -1,0 +1,1 @@
+"""Generation with the connection: one prefill, then plain decoding."""

@@ -1,0 +1,1 @@
+"""Model families: data about where stock Hugging Face models keep their parts."""

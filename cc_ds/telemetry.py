@@ -1,0 +1,174 @@
+"""What a run says: a log file per rank, the console and TensorBoard from rank 0, and every scalar as jsonl too.
+
+Sums are kept on the device between log lines (`Window`), so that no step waits for the host.
+
+Shapes: B rows, L layers.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from cc_ds.dist.group import Group
+
+log = logging.getLogger("cc_ds")
+
+
+def start_logging(output_dir: str | Path, group: Group) -> None:
+    """Every rank logs to output_dir/logs/rankN.log; rank 0 also to the console.
+
+    Raises:
+        ValueError: a folder that can't be written.
+    """
+    folder = Path(output_dir) / "logs"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handlers: list[logging.Handler] = [logging.FileHandler(folder / f"rank{group.rank}.log", encoding="utf-8")]
+    except OSError as error:
+        raise ValueError(f"{folder}: can't be written ({error.strerror}); choose another --output_dir") from error
+    if group.is_main:
+        handlers.append(logging.StreamHandler(sys.stderr))
+    for handler in log.handlers[:]:
+        handler.close()
+        log.removeHandler(handler)
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
+        log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False
+
+
+class Telemetry:
+    """Writes scalars and histograms on rank 0: output_dir/tensorboard and output_dir/metrics.jsonl."""
+
+    def __init__(self, output_dir: str | Path, group: Group, step: int) -> None:
+        self.writer: SummaryWriter | None = None
+        if group.is_main:
+            # purge_step: after a resume, what a lost part of the run wrote beyond this step is hidden.
+            self.writer = SummaryWriter(str(Path(output_dir) / "tensorboard"), purge_step=step)
+            self.jsonl = open(Path(output_dir) / "metrics.jsonl", "a", encoding="utf-8")
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        """One line of jsonl; numbers go to TensorBoard as scalars, `{name: {key: [counts]}}` as histograms."""
+        if self.writer is None:
+            return
+        self.jsonl.write(json.dumps({"step": step, **values}) + "\n")
+        self.jsonl.flush()
+        for name, value in values.items():
+            if isinstance(value, (int, float)):
+                self.writer.add_scalar(name, value, step)
+            elif isinstance(value, dict):
+                for key, counts in value.items():
+                    self._histogram(f"{name}/{key}", counts, step)
+
+    def _histogram(self, name: str, counts: list[float], step: int) -> None:
+        layers = torch.arange(len(counts), dtype=torch.float64)
+        self.writer.add_histogram_raw(
+            name,
+            min=0,
+            max=len(counts) - 1,
+            num=sum(counts),
+            sum=float((layers * torch.tensor(counts, dtype=torch.float64)).sum()),
+            sum_squares=float((layers**2 * torch.tensor(counts, dtype=torch.float64)).sum()),
+            bucket_limits=(layers + 0.5).tolist(),
+            bucket_counts=counts,
+            global_step=step,
+        )
+
+    def close(self) -> None:
+        """Flush and close the files."""
+        if self.writer is not None:
+            self.writer.close()
+            self.jsonl.close()
+
+
+class Window:
+    """Sums since the last log line, on the device; one reduction over the ranks when they are read."""
+
+    def __init__(self, group: Group, languages: Sequence[str], num_layers: int) -> None:
+        self.group = group
+        self.languages = list(languages)
+        self.index = {language: position for position, language in enumerate(self.languages)}
+        self.sums = torch.zeros(5, dtype=torch.float64, device=group.device)
+        self.choices = torch.zeros(len(self.languages), num_layers, dtype=torch.float64, device=group.device)
+        self.reset()
+
+    def reset(self) -> None:
+        """Start a new window."""
+        self.sums.zero_()
+        self.choices.zero_()
+        self.steps = 0
+        self.started = time.perf_counter()
+
+    @torch.no_grad()
+    def add_batch(self, output, batch: dict[str, Tensor], langs: Sequence[str]) -> None:
+        """A micro-batch: its share of the step's loss, its tokens, and what the gate chose."""
+        tokens = batch["attention_mask"].sum()
+        connected = entropy = ratio = 0.0
+        if output.choice is not None:
+            tokens = tokens + batch["english_attention_mask"].sum()
+            mask = batch["english_attention_mask"].any(dim=1)
+            connected = mask.sum()
+            probabilities = torch.softmax(output.decision_logits, dim=-1)
+            entropy_B = -(probabilities * probabilities.clamp_min(1e-30).log()).sum(dim=-1)
+            entropy = torch.where(mask, entropy_B, 0.0).sum()
+            ratio = torch.where(mask, output.fusion_ratio, 0.0).sum()
+            rows = torch.tensor([self.index[lang] for lang in langs]).to(self.choices.device)
+            self.choices.index_add_(0, rows, output.choice.to(self.choices.dtype))
+        values = (output.loss.detach(), tokens, connected, entropy, ratio)
+        self.sums += torch.stack([torch.as_tensor(v, dtype=torch.float64, device=self.sums.device) for v in values])
+
+    def read(self) -> dict[str, Any]:
+        """The window's figures over all ranks. Every rank must call it."""
+        seconds = time.perf_counter() - self.started
+        loss, tokens, connected, entropy, ratio = self.group.sum(self.sums.clone()).tolist()
+        values: dict[str, Any] = {"loss": loss / max(self.steps, 1), "tokens_per_second": tokens / seconds}
+        if connected:
+            choices = self.group.sum(self.choices.clone())
+            values |= {"gate_entropy": entropy / connected, "fusion_ratio": ratio / connected}
+            values["chosen_layers"] = {
+                lang: choices[row].tolist() for lang, row in self.index.items() if choices[row].sum() > 0
+            }
+        return values
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Peak memory of this process: allocated on a GPU, resident on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+# Dense bf16 peak FLOP/s by the vendor's data sheets (without sparsity).
+_PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12, "A10": 125e12}
+
+
+def peak_flops(device: torch.device) -> float:
+    """FLOP/s that the device can do at best: a data sheet's for known GPUs, else measured with one matrix product."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for key, value in _PEAK_FLOPS.items():
+            if key in name:
+                return value
+    size = 1024
+    matrix = torch.ones(size, size, device=device)
+    best = float("inf")
+    for _ in range(4):
+        start = time.perf_counter()
+        result = matrix @ matrix
+        if device.type == "cuda":
+            result.sum().item()
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best

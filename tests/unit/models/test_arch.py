@@ -1,0 +1,61 @@
+"""Every family against the literal reference, and what an unknown family is told."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from reference.two_pass import connected_logits, ffn_outputs
+from tiny_models import CONFIGS, batch, cc_model, stock_twin
+from transformers import GPT2Config
+
+from cc_ds import CCModelForCausalLM
+from cc_ds.models.arch import FAMILIES, layers_of
+
+
+def test_every_family_is_tested():
+    assert set(FAMILIES) == set(CONFIGS)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_against_the_literal_reference(family):
+    model = cc_model(family, dtype=torch.float64)
+    twin = stock_twin(model)
+    layers = layers_of(twin, FAMILIES[family])
+    data = batch()
+    noise = torch.randn(3, len(layers), dtype=torch.float64)
+
+    output = model(**data, gate_noise=noise)
+
+    english = ffn_outputs(
+        twin, layers, data["english_input_ids"], data["english_attention_mask"], data["english_anchors"]
+    )
+    assert english.abs().min(dim=-1).values.max() > 0
+    torch.testing.assert_close(output.english_activations, english, atol=1e-10, rtol=1e-9)
+    logits, choice, decision_logits = connected_logits(
+        twin, layers, model.decision_maker.weight, english, data["input_ids"], data["attention_mask"], data["anchors"],
+        noise,
+    )  # fmt: skip
+    torch.testing.assert_close(output.decision_logits, decision_logits, atol=1e-10, rtol=1e-9)
+    assert torch.equal(output.choice.argmax(dim=1), choice)
+    real = data["attention_mask"].bool()
+    torch.testing.assert_close(output.logits[real], logits[real], atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_checkpointing_changes_no_gradient(family):
+    gradients = []
+    for checkpointing in (False, True):
+        model = cc_model(family, dtype=torch.float64).train()
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        noise = torch.randn(3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+        model(**batch(), gate_noise=noise).loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, atol=1e-12, rtol=1e-9)
+
+
+def test_an_unknown_family_is_told_what_to_add():
+    with pytest.raises(ValueError, match=r"'gpt2' is not known.*cc_ds/models/arch.py.*Family\("):
+        CCModelForCausalLM.from_config(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=16))
