@@ -15,7 +15,7 @@ from cc_ds import export
 from cc_ds.config import Config
 from cc_ds.connection.model import CCModelForCausalLM
 from cc_ds.data.batches import CCCollator
-from cc_ds.data.templates import load_template
+from cc_ds.data.templates import Template, load_template
 from cc_ds.data.tokenise import load_tokenised
 from cc_ds.dist.engine import build_engine, engine_config, sharded_construction
 from cc_ds.dist.group import Group
@@ -29,7 +29,7 @@ class RunData:
     """Tokenised rows and what made them."""
 
     tokenizer: PreTrainedTokenizerBase
-    stop_token_ids: list[int]
+    template: Template
     train: Dataset
     validation: Dataset | None
 
@@ -62,7 +62,7 @@ def build_data(config: Config, group: Group) -> RunData:
     with group.main_first():
         train = read(data.train_file)
         validation = read(data.validation_file) if data.validation_file else None
-    return RunData(tokenizer, list(template.stop_token_ids), train, validation)
+    return RunData(tokenizer, template, train, validation)
 
 
 def build_model(config: Config, group: Group) -> tuple[CCModelForCausalLM, dict[str, Any]]:
@@ -109,8 +109,9 @@ def export_model(trainer: Trainer, data: RunData, folder: Path) -> None:
     model = trainer.engine.module
     state_dict = full_state_dict(model, keep=trainer.group.is_main)
     if trainer.group.is_main:
-        # generate stops where the template's turn ends
-        model.generation_config.eos_token_id = data.stop_token_ids
+        # A built-in template travels with the model, and generate stops where its turn ends.
+        data.tokenizer.chat_template = data.template.chat_template
+        model.generation_config.eos_token_id = list(data.template.stop_token_ids)
         model.generation_config.pad_token_id = _pad_token_id(data.tokenizer)
         model.save_pretrained(folder, state_dict=state_dict)
         data.tokenizer.save_pretrained(folder)

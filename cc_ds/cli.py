@@ -60,7 +60,9 @@ def load_model(args: argparse.Namespace) -> tuple[CCModelForCausalLM, Any, Templ
 
     from cc_ds import CCModelForCausalLM
     from cc_ds.data.templates import load_template
+    from cc_ds.export import check_model_folder
 
+    check_model_folder(args.model)
     try:
         tokenizer = AutoTokenizer.from_pretrained(args.model)
     except OSError as error:

@@ -1,0 +1,31 @@
+# make demo     the whole walk on an embedded task (SEEDS=3 for its spread)
+# make test     the tests
+# make lint     formatting and lint
+# Each makes .venv first; nothing else is needed but Python 3.10 or newer.
+
+PYTHON ?= python3.11
+SEEDS ?= 1
+VENV := .venv
+RUN := $(VENV)/bin/python
+
+.PHONY: demo test test-slow lint clean
+
+demo: $(VENV)/.ready
+	$(RUN) tools/demo.py --output demo_output --seeds $(SEEDS)
+
+test: $(VENV)/.ready
+	$(RUN) -m pytest
+
+test-slow: $(VENV)/.ready
+	$(RUN) -m pytest -m slow
+
+lint: $(VENV)/.ready
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+$(VENV)/.ready: tools/make_venv.sh setup.py pyproject.toml $(shell find cc_ds/ops/csrc -type f 2>/dev/null)
+	PYTHON=$(PYTHON) bash tools/make_venv.sh $(VENV)
+	touch $@
+
+clean:
+	rm -rf $(VENV) build demo_output *.egg-info

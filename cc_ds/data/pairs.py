@@ -1,0 +1,300 @@
+"""From records to rows: find the columns, check them, and bring every form to one.
+
+A record arrives in one of three forms (see columns.py) and leaves as a `Row`: the target prompt as chat messages, the
+response, and the English prompt as chat messages or None (a plain SFT row). A record that cannot be trained on leaves
+as a `BadRow`, which `Summary` counts; whether bad rows are skipped or end the run is the caller's choice
+(`Summary.check`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cc_ds.data.columns import FORMS, Form, best_form, check_map_is_used, english_note, find_form, rename
+from cc_ds.data.sources import Source, open_source
+
+ROLES = ("system", "user", "assistant")
+NAMED_BAD_ROWS = 20
+
+Messages = list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One training example. The prompts end in a user turn; the generation prompt is the template's business."""
+
+    prompt: Messages
+    response: str
+    prompt_en: Messages | None
+    """The same prompt in English; None makes this a plain SFT row, without a connection."""
+    lang: str
+    source: str
+    """file:line for jsonl, file:row elsewhere; both count from 1."""
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A record that cannot be trained on; `reason` is the same for all rows with the same fault, `detail` is this
+    row's."""
+
+    source: str
+    reason: str
+    detail: str = ""
+
+
+class LongRow(BadRow):
+    """A row left out because it is longer than the limits, where the user asked to skip such rows."""
+
+
+@dataclass
+class Summary:
+    """What was read and what became of it. The caller prints `text()`; `check` ends the run where that was asked
+    for."""
+
+    rows: int = 0
+    rows_with_english: int = 0
+    rows_by_lang: dict[str, int] = field(default_factory=dict)
+    bad_rows: dict[str, int] = field(default_factory=dict)
+    """Number of bad rows by reason."""
+    named_bad_rows: list[str] = field(default_factory=list)
+    """The first 20 bad rows, each as "source: reason (detail)"."""
+    skipped_long: int = 0
+    prompts_cut: int = 0
+    responses_cut: int = 0
+    english_cut: int = 0
+    notes: list[str] = field(default_factory=list)
+    """Other things a user would want to know, such as an English column that is probably misspelled."""
+
+    def add_row(self, lang: str, with_english: bool) -> None:
+        self.rows += 1
+        self.rows_with_english += with_english
+        self.rows_by_lang[lang] = self.rows_by_lang.get(lang, 0) + 1
+
+    def add_bad(self, bad: BadRow) -> None:
+        if isinstance(bad, LongRow):
+            self.skipped_long += 1
+            return
+        self.bad_rows[bad.reason] = self.bad_rows.get(bad.reason, 0) + 1
+        if len(self.named_bad_rows) < NAMED_BAD_ROWS:
+            self.named_bad_rows.append(f"{bad.source}: {bad.reason}" + (f" ({bad.detail})" if bad.detail else ""))
+
+    def check(self, on_bad_row: str) -> None:
+        """Raise ValueError if no row is left, or if there are bad rows and `on_bad_row` is "error"."""
+        if on_bad_row not in ("skip", "error"):
+            raise ValueError(f'on_bad_row must be "skip" or "error", not {on_bad_row!r}.')
+        if self.bad_rows and on_bad_row == "error":
+            raise ValueError(f'{self.text()}\nMend these rows, or leave them out with on_bad_row "skip".')
+        if self.rows == 0:
+            raise ValueError(f"No row is left to train on.\n{self.text()}")
+
+    def __str__(self) -> str:
+        return self.text()
+
+    def text(self) -> str:
+        langs = ", ".join(f"{lang} {count}" for lang, count in sorted(self.rows_by_lang.items()))
+        lines = [f"{self.rows} rows, {self.rows_with_english} of them with English" + (f" ({langs})" if langs else "")]
+        if self.prompts_cut or self.responses_cut or self.english_cut or self.skipped_long:
+            lines.append(
+                f"cut to length: {self.prompts_cut} prompts, {self.responses_cut} responses, {self.english_cut} "
+                f"English prompts; left out as too long: {self.skipped_long} rows"
+            )
+        if self.bad_rows:
+            lines.append(f"{sum(self.bad_rows.values())} bad rows:")
+            lines += [f"  {count} x {reason}" for reason, count in Counter(self.bad_rows).most_common()]
+            lines.append(f"  the first {len(self.named_bad_rows)}:")
+            lines += [f"    {named}" for named in self.named_bad_rows]
+        return "\n".join(lines + [f"note: {note}" for note in self.notes])
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), ensure_ascii=False, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Summary:
+        return cls(**json.loads(text))
+
+
+def read_rows(
+    paths: str | Path | Sequence[str | Path],
+    column_map: Mapping[str, str] | None = None,
+    on_bad_row: str = "skip",
+    split: str = "train",
+    require_response: bool = True,
+) -> tuple[list[Row], Summary]:
+    """All good rows of all sources, in order, and the summary.
+
+    `column_map` is {our column name: theirs}. Raises ValueError for an unreadable source, for columns that fit no
+    form, and, when `on_bad_row` is "error", for bad rows. `require_response=False` reads prompts alone: the response
+    column may be absent or empty, messages may end in a user turn, and a response that is missing is "".
+    """
+    summary, rows = Summary(), []
+    for row in iter_rows(open_sources(paths, split), column_map, summary, require_response):
+        if isinstance(row, BadRow):
+            summary.add_bad(row)
+        else:
+            summary.add_row(row.lang, row.prompt_en is not None)
+            rows.append(row)
+    summary.check(on_bad_row)
+    return rows, summary
+
+
+def open_sources(paths: str | Path | Sequence[str | Path], split: str = "train") -> list[Source]:
+    paths = [paths] if isinstance(paths, str | Path) else list(paths)
+    if not paths:
+        raise ValueError("No data source is named: give at least one file, folder or data set.")
+    return [open_source(path, split) for path in paths]
+
+
+def iter_rows(
+    sources: Sequence[Source],
+    column_map: Mapping[str, str] | None = None,
+    summary: Summary | None = None,
+    require_response: bool = True,
+) -> Iterator[Row | BadRow]:
+    """Every record of every source as a Row or a BadRow, in order; `summary` receives notes. Columns are checked
+    first."""
+    column_map = dict(column_map or {})
+    forms = [find_form(source, column_map, require_response) for source in sources]
+    check_map_is_used(sources, column_map)
+    if summary is not None:
+        summary.notes += [
+            note
+            for source, form in zip(sources, forms, strict=True)
+            if (note := english_note(source, form, column_map))
+        ]
+    for source, form in zip(sources, forms, strict=True):
+        for number, record in source.records():
+            yield to_row(rename(record, column_map), form, f"{source.name}:{number}", require_response)
+
+
+def to_row(record: Mapping[str, Any], form: Form, source: str, require_response: bool = True) -> Row | BadRow:
+    """Bring one record (our column names) to a Row; `form` says which columns are meant where the record fits none."""
+    own = best_form([name for name, value in record.items() if value is not None], require_response)
+    try:
+        prompt, response, prompt_en = _PARSERS[(own or form).required](record, require_response)
+        lang = record.get("lang") or "und"
+        if not isinstance(lang, str):
+            raise _Bad(f"lang is of type {type(lang).__name__}, not a string")
+        if not require_response:
+            response = response if isinstance(response, str) else ""
+        elif not isinstance(response, str):
+            raise _Bad(
+                "the response is missing"
+                if response is None
+                else f"the response is of type {type(response).__name__}, not a string"
+            )
+        if require_response and not response.strip():
+            raise _Bad("the response is empty")
+    except _Bad as bad:
+        return BadRow(source, bad.reason, bad.detail)
+    return Row(prompt, response, prompt_en, lang, source)
+
+
+class _Bad(Exception):
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason)
+        self.reason, self.detail = reason, detail
+
+
+def _parse_instruction(record: Mapping[str, Any], _: bool) -> tuple[Messages, Any, Messages | None]:
+    prompt = _join(record, "instruction", "input")
+    english = _join(record, "instruction_en", "input_en") if _text(record, "instruction_en") else ""
+    return _prompt(prompt, "prompt"), record.get("output"), _prompt(english, "English prompt") if english else None
+
+
+def _parse_messages(record: Mapping[str, Any], require_response: bool) -> tuple[Messages, Any, Messages | None]:
+    turns = _messages(record.get("messages"), "prompt")
+    answers = [index for index, turn in enumerate(turns) if turn["role"] == "assistant"]
+    if not require_response and turns and turns[-1]["role"] != "assistant":
+        return _prompt(turns, "prompt"), None, _english(record.get("messages_en"))
+    if not answers:
+        raise _Bad("messages has no assistant turn, so there is no response")
+    if answers[-1] != len(turns) - 1:
+        raise _Bad("messages goes on after its last assistant turn", f"{len(turns) - 1 - answers[-1]} turns more")
+    return _prompt(turns[:-1], "prompt"), turns[-1]["content"], _english(record.get("messages_en"))
+
+
+def _parse_completion(record: Mapping[str, Any], _: bool) -> tuple[Messages, Any, Messages | None]:
+    response = record.get("completion")
+    if isinstance(response, list) and len(response) == 1 and isinstance(response[0], dict):
+        response = response[0].get("content") if response[0].get("role") == "assistant" else response
+    return _prompt(record.get("prompt"), "prompt"), response, _english(record.get("prompt_en"))
+
+
+_PARSERS = dict(
+    zip((form.required for form in FORMS), (_parse_instruction, _parse_messages, _parse_completion), strict=True)
+)
+
+
+def _text(record: Mapping[str, Any], column: str) -> str:
+    value = record.get(column)
+    if value is not None and not isinstance(value, str):
+        raise _Bad(f"{column} is of type {type(value).__name__}, not a string")
+    return value if value and value.strip() else ""
+
+
+def _join(record: Mapping[str, Any], *columns: str) -> str:
+    return "\n".join(text for column in columns if (text := _text(record, column)))
+
+
+def _english(value: Any) -> Messages | None:
+    """An English prompt column: None, "" and [] say that there is none; a trailing assistant turn is dropped."""
+    if value is None or value == [] or (isinstance(value, str) and not value.strip()):
+        return None
+    turns = _messages(value, "English prompt")
+    return _prompt(turns[:-1] if turns[-1]["role"] == "assistant" else turns, "English prompt")
+
+
+def _prompt(value: Any, what: str) -> Messages:
+    turns = _messages(value, what)
+    if not any(turn["role"] == "user" for turn in turns):
+        raise _Bad(f"the {what} is empty" if not turns else f"the {what} has no user turn")
+    if turns[-1]["role"] == "assistant":
+        raise _Bad(f"the {what} ends in an assistant turn")
+    if not turns[-1]["content"].strip():
+        raise _Bad(f"the {what} is empty")
+    return turns
+
+
+def _messages(value: Any, what: str) -> Messages:
+    """A string (one user turn, or a JSON list as CSV files carry it) or a list of {role, content}, checked turn by
+    turn."""
+    if isinstance(value, str):
+        if not value.strip():
+            raise _Bad(f"the {what} is empty")
+        decoded = _json_messages(value)
+        if decoded is None:
+            return [{"role": "user", "content": value}]
+        value = decoded
+    if value is None:
+        raise _Bad(f"the {what} is empty")
+    if not isinstance(value, list):
+        raise _Bad(f"the {what} is of type {type(value).__name__}, not a string or a list of messages")
+    turns = []
+    for index, turn in enumerate(value, start=1):
+        if not isinstance(turn, dict) or "role" not in turn or "content" not in turn:
+            raise _Bad(f"a turn of the {what} is not {{role, content}}", f"turn {index}")
+        if turn["role"] not in ROLES:
+            raise _Bad(f"the {what} has an unknown role {turn['role']!r} (known: {', '.join(ROLES)})", f"turn {index}")
+        if not isinstance(turn["content"], str):
+            raise _Bad(
+                f"a turn's content in the {what} is of type {type(turn['content']).__name__}, not a string",
+                f"turn {index}",
+            )
+        turns.append({"role": turn["role"], "content": turn["content"]})
+    return turns
+
+
+def _json_messages(text: str) -> list | None:
+    if not text.lstrip().startswith("[{"):
+        return None
+    try:
+        decoded = json.loads(text)
+    except json.JSONDecodeError:
+        return None
+    is_messages = all(isinstance(turn, dict) and "role" in turn for turn in decoded)
+    return decoded if is_messages else None

@@ -1,0 +1,188 @@
+"""Batched, padded, grouped generation against one prompt at a time; scores and files of an evaluation."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from cc_ds.data.templates import RenderedPrompt
+from cc_ds.eval.run import evaluate, format_table, score, write_json
+from cc_ds.eval.tasks import EvalRow
+from cc_ds.infer.prompts import Response, length_batches, pad_prompts, respond
+
+TOKENS = 6
+
+
+def turn(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
+@pytest.fixture(scope="module")
+def eval_rows(rows_of):
+    def make(lang: str, english: bool = True) -> list[EvalRow]:
+        return [
+            EvalRow(
+                prompt=turn(row["instruction"]),
+                answers=tuple(row["answers"]),
+                lang=lang,
+                prompt_en=turn(row["instruction_en"]) if english else None,
+                where="test",
+            )
+            for row in rows_of(lang)
+        ]
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def rows(eval_rows):
+    return eval_rows("sw") + eval_rows("de")
+
+
+def one_by_one(model, tokenizer, template, rows, **inputs_of) -> list[str]:
+    texts = []
+    for row in rows:
+        ids = torch.tensor([template.render_prompt(row.prompt).ids])
+        inputs = {name: function(row) for name, function in inputs_of.items()}
+        output = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=TOKENS,
+            do_sample=False,
+            eos_token_id=template.stop_token_ids,
+            pad_token_id=0,
+            **inputs,
+        )
+        texts.append(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip())
+    return texts
+
+
+def responses(result) -> list[str]:
+    return [answer["response"] for answer in result.answers]
+
+
+def run(model, tokenizer, template, rows, mode):
+    return evaluate(model, tokenizer, template, rows, mode, batch_size=3, max_new_tokens=TOKENS)
+
+
+def test_plain_equals_the_stock_model_one_prompt_at_a_time(model, model_folder, tokenizer, template, rows):
+    stock = AutoModelForCausalLM.from_pretrained(model_folder)
+    model.set_transform(torch.randn(16, 16))
+    result = run(model, tokenizer, template, rows, "plain")
+    assert responses(result) == one_by_one(stock, tokenizer, template, rows)
+    assert len(set(responses(result))) > 5, "the model is too dull for this test to mean anything"
+
+
+def test_transform_equals_one_prompt_at_a_time_and_differs_from_plain(model, tokenizer, template, rows):
+    model.set_transform(10 * torch.randn(16, 16, generator=torch.Generator().manual_seed(0)))
+    result = run(model, tokenizer, template, rows, "transform")
+    assert responses(result) == one_by_one(model, tokenizer, template, rows)
+    assert responses(result) != responses(run(model, tokenizer, template, rows, "plain"))
+
+
+def test_english_equals_one_prompt_at_a_time_and_reads_rows_without_it_plain(model, tokenizer, template, eval_rows):
+    rows = [*eval_rows("sw"), *eval_rows("en", english=False)]
+    result = run(model, tokenizer, template, rows, "english")
+    connected = one_by_one(
+        model,
+        tokenizer,
+        template,
+        rows[:7],
+        english_input_ids=lambda row: torch.tensor([template.render_prompt(row.prompt_en).ids]),
+    )
+    assert responses(result) == connected + one_by_one(model, tokenizer, template, rows[7:])
+    assert connected != one_by_one(model, tokenizer, template, rows[:7])
+
+
+def test_modes_that_cannot_run_say_why(model, tokenizer, template, rows, eval_rows):
+    with pytest.raises(ValueError, match="needs a model with a Transform Matrix"):
+        run(model, tokenizer, template, rows, "transform")
+    with pytest.raises(ValueError, match="needs rows with an English prompt"):
+        run(model, tokenizer, template, eval_rows("sw", english=False), "english")
+    with pytest.raises(ValueError, match="mode must be one of"):
+        run(model, tokenizer, template, rows, "both")
+    with pytest.raises(ValueError, match="no rows"):
+        run(model, tokenizer, template, [], "plain")
+
+
+class Fake:
+    """Answers a prompt of n tokens with what `said[n]` holds, padded to one length with 0."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, said: dict[int, list[int]]):
+        self.said, self.calls = said, []
+
+    def generate(self, input_ids, attention_mask, **kwargs):
+        self.calls.append(kwargs)
+        said = [self.said[int(n)] for n in attention_mask.sum(1)]
+        width = max(map(len, said))
+        return torch.cat([input_ids, torch.tensor([ids + [0] * (width - len(ids)) for ids in said])], dim=1)
+
+
+def test_answers_end_at_the_stop_token_and_keep_their_places():
+    fake_tokenizer = SimpleNamespace(
+        pad_token_id=0, eos_token_id=9, decode=lambda ids, skip_special_tokens: " ".join(map(str, ids))
+    )
+    fake_template = SimpleNamespace(stop_token_ids=[9])
+    fake = Fake({2: [5, 9], 3: [6, 6, 6], 4: [9, 7, 9]})
+    prompts = [RenderedPrompt(list(range(1, n + 1)), n - 1) for n in (3, 2, 4, 2)]
+    found = respond(fake, fake_tokenizer, fake_template, prompts, batch_size=3, max_new_tokens=3)
+    assert [(r.text, r.tokens) for r in found] == [("6 6 6", 3), ("5", 2), ("", 1), ("5", 2)]
+    assert all(call["eos_token_id"] == [9] and call["do_sample"] is False for call in fake.calls)
+
+
+def test_padding_moves_the_anchor_with_the_prompt():
+    prompts = [RenderedPrompt([5, 6, 7, 8], 2), RenderedPrompt([4, 3], 1)]
+    ids, mask, anchors = pad_prompts(prompts, 0, "left")
+    assert ids.tolist() == [[5, 6, 7, 8], [0, 0, 4, 3]] and mask.tolist() == [[1, 1, 1, 1], [0, 0, 1, 1]]
+    assert ids.gather(1, anchors[:, None]).squeeze(1).tolist() == [7, 3]
+    ids, mask, anchors = pad_prompts(prompts, 0, "right")
+    assert ids.tolist()[1] == [4, 3, 0, 0] and mask.tolist()[1] == [1, 1, 0, 0] and anchors.tolist() == [2, 1]
+
+
+def test_length_batches_cover_everything_once_longest_first():
+    lengths = [3, 9, 1, 9, 4]
+    batches = list(length_batches(lengths, 2))
+    assert batches == [[1, 3], [4, 0], [2]]
+    with pytest.raises(ValueError, match="batch_size"):
+        next(length_batches(lengths, 0))
+
+
+def scored() -> object:
+    rows = [
+        EvalRow(prompt=turn("q"), answers=("Moja",), lang=lang, prompt_en=None, where="")
+        for lang in ("sw", "sw", "sw", "sw", "de")
+    ]
+    said = ["moja.", "ni moja", "", "mbili", "moja"]
+    return score(rows, [Response(text, 2) for text in said], mode="plain", seconds=2.0)
+
+
+def test_scores_by_language_and_macro():
+    result = scored()
+    swahili = result.languages["sw"]
+    assert (swahili.rows, swahili.exact_match, swahili.inclusion, swahili.empty) == (4, 0.25, 0.5, 1)
+    assert result.languages["de"].exact_match == 1
+    macro = result.macro
+    assert (macro.rows, macro.exact_match, macro.inclusion, macro.empty) == (5, 0.625, 0.75, 1)
+    low, high = swahili.exact_match_interval
+    assert 0 <= low <= 0.25 <= high <= 1 and low < high
+    assert result.languages["de"].exact_match_interval == (1, 1)
+    assert result.generated_tokens == 10
+
+
+def test_table_and_json(tmp_path):
+    result = scored()
+    lines = format_table(result).splitlines()
+    assert [line.split()[0] for line in lines] == ["language", "de", "sw", "macro", "mode"]
+    assert lines[2].split()[1:3] == ["4", "0.250"] and "10 tokens in 2.0 s (5.0 tokens/s)" in lines[-1]
+    path = tmp_path / "new" / "result.json"
+    write_json(result, path, model="m")
+    content = json.loads(path.read_text(encoding="utf-8"))
+    assert content["model"] == "m" and content["macro"]["exact_match"] == 0.625
+    assert content["answers"][1]["response"] == "ni moja" and content["languages"]["sw"]["empty"] == 1
+    assert [file.name for file in path.parent.iterdir()] == ["result.json"]

@@ -1,0 +1,80 @@
+"""Settings from YAML and the command line: which wins, what types become, what mistakes are told."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from cc_ds.config import CCConfig, load_config
+
+REQUIRED = ["--model_name_or_path", "m", "--train_file", "a.jsonl", "--output_dir", "out"]
+
+
+def test_the_command_line_wins_over_yaml(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "model_name_or_path: m\ntrain_file: [a.jsonl, b.csv]\noutput_dir: out\nlearning_rate: 1e-5\nbf16: true\n"
+        "column_map: {instruction: question}\nenglish_grad: false\nresume_from_checkpoint: null\n"
+    )
+    config = load_config(["--local_rank=1", "--config", str(path), "--learning-rate=2e-4", "--max_steps", "7"])
+    assert config.train.learning_rate == 2e-4
+    assert config.train.max_steps == 7 and type(config.train.max_steps) is int
+    assert config.train.bf16 is True and config.train.resume_from_checkpoint is None
+    assert config.data.train_file == ("a.jsonl", "b.csv")
+    assert config.data.column_map == {"instruction": "question"}
+    assert config.cc.english_grad is False
+
+
+def test_command_line_alone():
+    config = load_config([*REQUIRED, "--gradient_checkpointing", "--column_map", "prompt=q,completion=a"])
+    assert config.model.gradient_checkpointing is True
+    assert config.data.column_map == {"prompt": "q", "completion": "a"}
+    assert config.cc == CCConfig()
+
+
+def test_nothing_can_be_changed():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        load_config(REQUIRED).train.seed = 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--learning_rat", "1"], "command line: unknown key 'learning_rat'; did you mean 'learning_rate'"),
+        (["--learning_rate", "fast"], "command line: learning_rate is 'fast', expected float"),
+        (["--max_steps", "1.5"], "max_steps is '1.5', expected int"),
+        (["--bf16", "maybe"], "bf16 is 'maybe', expected bool"),
+        (["--method", "cc-tuning"], "method is 'cc-tuning', expected one of cc, sft"),
+        (["--gate", "hart"], "gate is 'hart', expected one of hard, soft; did you mean 'hard'"),
+        (["--temperature", "0"], "temperature is 0.0, expected positive"),
+        (["--per_device_train_batch_size", "0"], "per_device_train_batch_size is 0, expected 1 or more"),
+        (["--column_map", "prompt"], "column_map is 'prompt', expected"),
+        (["stray"], "output_dir is"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml: can't be read"),
+    ],
+)
+def test_mistakes_on_the_command_line(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        load_config([*REQUIRED, *arguments])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learning_rat: 1\n", "run.yaml: unknown key 'learning_rat'; did you mean 'learning_rate'"),
+        ("a: [\n", "run.yaml: not YAML"),
+        ("- a\n", "run.yaml: expected `key: value` lines"),
+        ("max_steps: [1]\n", r"run.yaml: max_steps is \[1\], expected int"),
+    ],
+)
+def test_mistakes_in_yaml(tmp_path, text, message):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_config(["--config", str(path), *REQUIRED])
+
+
+def test_a_missing_key_is_named():
+    with pytest.raises(ValueError, match="train_file is missing: give it in the YAML file or as --train_file"):
+        load_config(["--model_name_or_path", "m", "--output_dir", "out"])

@@ -1,0 +1,142 @@
+"""fit_transform against numpy's least squares, an explicit normal equation, and matrices of the authors' code."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cc_ds.transform import fit as fit_module
+from cc_ds.transform import fit_transform, fit_transform_result
+
+GOLDEN = Path(__file__).parents[4] / "shared" / "golden" / "matrix"
+
+
+def pairs(n: int, layers: int, hidden: int, dtype=torch.float64, seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    source = torch.randn(n, layers, hidden, generator=generator, dtype=torch.float64)
+    truth = torch.randn(hidden, hidden, generator=generator, dtype=torch.float64)
+    noise = 0.1 * torch.randn(n, layers, hidden, generator=generator, dtype=torch.float64)
+    return source.to(dtype), (source @ truth + noise).to(dtype)
+
+
+@pytest.mark.skipif(not GOLDEN.is_dir(), reason="the golden matrices (../shared/golden/matrix) are not here")
+@pytest.mark.parametrize("name", ["over", "under"])
+def test_equals_the_authors_matrix(name):
+    golden = load_file(GOLDEN / f"{name}.safetensors")
+    ours = fit_transform(golden["source"].double(), golden["target"].double())
+    assert ours.dtype == torch.float64
+    torch.testing.assert_close(ours, golden["X_float64"], rtol=0, atol=1e-10)
+    single = fit_transform(golden["source"], golden["target"])
+    assert single.dtype == torch.float32
+    torch.testing.assert_close(single, golden["X_float64"].float(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("n", [3, 40, 200], ids=["under", "over", "several_blocks"])
+def test_equals_numpy_lstsq(n):
+    source, target = pairs(n, 2, 12)
+    expected, *_ = np.linalg.lstsq(source.reshape(-1, 12).numpy(), target.reshape(-1, 12).numpy(), rcond=None)
+    np.testing.assert_allclose(fit_transform(source, target).numpy(), expected, atol=1e-11)
+
+
+def test_block_size_does_not_change_the_solution(monkeypatch):
+    source, target = pairs(50, 3, 8)
+    whole = fit_transform(source, target)
+    monkeypatch.setattr(fit_module, "_BLOCK_ROWS_PER_HIDDEN", 1)
+    torch.testing.assert_close(fit_transform(source, target), whole, rtol=0, atol=1e-12)
+
+
+def test_minimum_norm_when_columns_repeat(caplog):
+    """Plenty of rows but only 5 directions: the solution is numpy's pseudo-inverse, and the log says 5 of 8."""
+    source, target = pairs(60, 2, 8)
+    source = source @ torch.randn(8, 5, dtype=torch.float64) @ torch.randn(5, 8, dtype=torch.float64)
+    expected = np.linalg.pinv(source.reshape(-1, 8).numpy(), rcond=1e-10) @ target.reshape(-1, 8).numpy()
+    with caplog.at_level(logging.WARNING):
+        result = fit_transform_result(source, target)
+    np.testing.assert_allclose(result.transform.numpy(), expected, atol=1e-9)
+    assert result.rank == (5,) and result.rank_deficient and result.rows == 120
+    assert len(caplog.records) == 1
+    assert "120 rows (60 pairs x 2 layers) span 5 of H = 8" in caplog.text
+
+
+def test_full_rank_is_silent(caplog):
+    with caplog.at_level(logging.WARNING):
+        result = fit_transform_result(*pairs(60, 2, 8))
+    assert not caplog.records and result.rank == (8,)
+
+
+@pytest.mark.parametrize("n", [2, 60], ids=["under", "over"])
+def test_ridge_is_the_normal_equation_and_keeps_its_meaning_at_any_size(n):
+    source, target = pairs(n, 2, 8)
+    rows, wanted = source.reshape(-1, 8), target.reshape(-1, 8)
+    gram = rows.T @ rows
+    penalty = 0.3 * gram.diagonal().mean() * torch.eye(8, dtype=torch.float64)
+    ours = fit_transform(source, target, ridge=0.3)
+    torch.testing.assert_close(ours, torch.linalg.solve(gram + penalty, rows.T @ wanted))
+    many, scaled = (t.repeat(5, 1, 1) for t in (source, target)), (1000 * source, 1000 * target)
+    torch.testing.assert_close(fit_transform(*many, ridge=0.3), ours)
+    torch.testing.assert_close(fit_transform(*scaled, ridge=0.3), ours)
+
+
+@pytest.mark.parametrize("ridge", [0.0, 0.1])
+def test_per_layer_fits_every_layer_alone(ridge):
+    source, target = pairs(40, 3, 8)
+    each = fit_transform(source, target, ridge=ridge, per_layer=True)
+    assert each.shape == (3, 8, 8)
+    for layer in range(3):
+        alone = fit_transform(source[:, [layer]], target[:, [layer]], ridge=ridge)
+        torch.testing.assert_close(each[layer], alone)
+
+
+def test_badly_conditioned_columns_keep_their_accuracy():
+    """Activations differ by orders of magnitude between channels; normal equations in S^T S would lose W here."""
+    source, _ = pairs(80, 1, 6)
+    source = source * torch.logspace(0, -9, 6, dtype=torch.float64)
+    truth = torch.randn(6, 6, dtype=torch.float64)
+    result = fit_transform_result(source, source @ truth)
+    torch.testing.assert_close(result.transform, truth, rtol=1e-4, atol=1e-4)
+    assert result.condition[0] > 1e8 and result.relative_error[0] < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_low_precision_is_solved_in_float64(dtype):
+    source, target = pairs(60, 2, 8, dtype=dtype)
+    ours = fit_transform(source, target)
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours, fit_transform(source.double(), target.double()).float(), rtol=0, atol=0)
+
+
+def test_training_tensors_give_a_plain_matrix():
+    source, target = pairs(20, 2, 4)
+    assert not fit_transform(source.requires_grad_(), target).requires_grad
+
+
+def test_zero_source_gives_zero():
+    _, target = pairs(5, 2, 4)
+    result = fit_transform_result(torch.zeros_like(target), target)
+    assert torch.equal(result.transform, torch.zeros(4, 4, dtype=torch.float64))
+    assert result.rank == (0,) and result.relative_error[0] == pytest.approx(1.0)
+
+
+def test_errors_name_the_trouble():
+    source, target = pairs(5, 3, 4)
+    with pytest.raises(ValueError, match=r"source \(5, 3, 4\) and target \(4, 3, 4\)"):
+        fit_transform(source, target[:4])
+    with pytest.raises(ValueError, match=r"\(15, 4\)"):
+        fit_transform(source.reshape(-1, 4), target.reshape(-1, 4))
+    with pytest.raises(ValueError, match="at least one pair"):
+        fit_transform(source[:0], target[:0])
+    with pytest.raises(ValueError, match="floating"):
+        fit_transform(source.long(), target)
+    for ridge in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="ridge"):
+            fit_transform(source, target, ridge=ridge)
+    for value in (float("nan"), float("inf"), -float("inf")):
+        broken = target.clone()
+        broken[3, 1, 2] = value
+        with pytest.raises(ValueError, match=r"target holds NaN or infinity at pair 3, layer 1 \(1 such"):
+            fit_transform(source, broken)

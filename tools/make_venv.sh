@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# Makes a virtual environment with everything cc_ds needs, and builds its extension:
+#     PYTHON=python3.11 bash tools/make_venv.sh .venv
+# torch is its CPU build, or its CUDA build where a GPU is seen.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+venv=$1
+torch=2.13.0
+
+python=${PYTHON:-python3.11}
+command -v "$python" >/dev/null || python=python3
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
+    echo "error: $python is older than Python 3.10; name a newer one: make PYTHON=/path/to/python3" >&2
+    exit 1
+}
+
+[ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+install() { "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "$@"; }
+
+if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then
+    echo "A GPU is seen: installing torch $torch with CUDA"
+    install "torch==$torch"
+elif [ "$(uname -s)" = Linux ]; then
+    echo "No GPU is seen: installing torch $torch for the CPU"
+    # From where pip looks anyway, if the CPU build is there; else from PyTorch's own index.
+    install "torch==$torch+cpu" 2>/dev/null ||
+        install "torch==$torch+cpu" --extra-index-url https://download.pytorch.org/whl/cpu
+else
+    install "torch==$torch"
+fi
+echo "Installing the other packages, and building the extension"
+install setuptools wheel ninja
+install --no-build-isolation --editable ".[dev]"
