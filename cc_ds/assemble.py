@@ -20,6 +20,7 @@ from cc_ds.data.tokenise import load_tokenised
 from cc_ds.dist.engine import build_engine, engine_config, sharded_construction
 from cc_ds.dist.group import Group
 from cc_ds.dist.zero import full_state_dict
+from cc_ds.infer.prompts import pad_token_id
 from cc_ds.telemetry import log
 from cc_ds.trainer import Trainer, count_steps
 
@@ -100,7 +101,7 @@ def build_trainer(
     """The engine over the model and the trainer over the engine."""
     total_steps = count_steps(config, len(data.train), group.world_size)
     engine = build_engine(model, ds_config, config.train, total_steps)
-    collator = CCCollator(_pad_token_id(data.tokenizer), connect=config.train.method == "cc")
+    collator = CCCollator(pad_token_id(data.tokenizer), connect=config.train.method == "cc")
     return Trainer(engine, group, config, data.train, data.validation, collator)
 
 
@@ -112,13 +113,9 @@ def export_model(trainer: Trainer, data: RunData, folder: Path) -> None:
         # A built-in template travels with the model, and generate stops where its turn ends.
         data.tokenizer.chat_template = data.template.chat_template
         model.generation_config.eos_token_id = list(data.template.stop_token_ids)
-        model.generation_config.pad_token_id = _pad_token_id(data.tokenizer)
+        model.generation_config.pad_token_id = pad_token_id(data.tokenizer)
         model.save_pretrained(folder, state_dict=state_dict)
         data.tokenizer.save_pretrained(folder)
         log.info("saved the model in %s", folder)
     trainer.group.barrier()
 
-
-def _pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    # Padding is masked everywhere, so any token serves a tokenizer that has none.
-    return next(token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if token is not None)

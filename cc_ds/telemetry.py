@@ -99,7 +99,7 @@ class Window:
         self.group = group
         self.languages = list(languages)
         self.index = {language: position for position, language in enumerate(self.languages)}
-        self.sums = torch.zeros(5, dtype=torch.float64, device=group.device)
+        self.sums = torch.zeros(6, dtype=torch.float64, device=group.device)
         self.choices = torch.zeros(len(self.languages), num_layers, dtype=torch.float64, device=group.device)
         self.reset()
 
@@ -114,9 +114,9 @@ class Window:
     def add_batch(self, output, batch: dict[str, Tensor], langs: Sequence[str]) -> None:
         """A micro-batch: its share of the step's loss, its tokens, and what the gate chose."""
         tokens = batch["attention_mask"].sum()
-        connected = entropy = ratio = 0.0
+        english_tokens = connected = entropy = ratio = 0.0
         if output.choice is not None:
-            tokens = tokens + batch["english_attention_mask"].sum()
+            english_tokens = batch["english_attention_mask"].sum()
             mask = batch["english_attention_mask"].any(dim=1)
             connected = mask.sum()
             probabilities = torch.softmax(output.decision_logits, dim=-1)
@@ -125,14 +125,18 @@ class Window:
             ratio = torch.where(mask, output.fusion_ratio, 0.0).sum()
             rows = torch.tensor([self.index[lang] for lang in langs]).to(self.choices.device)
             self.choices.index_add_(0, rows, output.choice.to(self.choices.dtype))
-        values = (output.loss.detach(), tokens, connected, entropy, ratio)
+        values = (output.loss.detach(), tokens, english_tokens, connected, entropy, ratio)
         self.sums += torch.stack([torch.as_tensor(v, dtype=torch.float64, device=self.sums.device) for v in values])
 
     def read(self) -> dict[str, Any]:
         """The window's figures over all ranks. Every rank must call it."""
         seconds = time.perf_counter() - self.started
-        loss, tokens, connected, entropy, ratio = self.group.sum(self.sums.clone()).tolist()
-        values: dict[str, Any] = {"loss": loss / max(self.steps, 1), "tokens_per_second": tokens / seconds}
+        loss, tokens, english_tokens, connected, entropy, ratio = self.group.sum(self.sums.clone()).tolist()
+        values: dict[str, Any] = {
+            "loss": loss / max(self.steps, 1),
+            "tokens_per_second": tokens / seconds,
+            "english_tokens_per_second": english_tokens / seconds,
+        }
         if connected:
             choices = self.group.sum(self.choices.clone())
             values |= {"gate_entropy": entropy / connected, "fusion_ratio": ratio / connected}
@@ -140,6 +144,18 @@ class Window:
                 lang: choices[row].tolist() for lang, row in self.index.items() if choices[row].sum() > 0
             }
         return values
+
+
+def flops_per_token(model, english_grad: bool) -> tuple[float, float]:
+    """FLOPs that training must spend on a target token and on an English prompt token, attention scores left out.
+
+    2 per weight forward and 4 backward. An embedding is looked up, not multiplied; the English pass has no LM head, and
+    no backward where `english_grad` is off.
+    """
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    weights = {id(p): getattr(p, "ds_numel", p.numel()) for p in model.parameters()}
+    layers = sum(weights.values()) - sum(weights[key] for key in {id(embedding), id(head)})
+    return 6.0 * (layers + weights[id(head)]), (6.0 if english_grad else 2.0) * layers
 
 
 def peak_memory_bytes(device: torch.device) -> int:

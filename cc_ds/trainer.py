@@ -22,7 +22,7 @@ from cc_ds.connection.decision import gumbel_noise_at, mix
 from cc_ds.data.batches import BatchStream, CCCollator
 from cc_ds.dist.engine import grad_norm
 from cc_ds.dist.group import Group
-from cc_ds.telemetry import Telemetry, Window, log, peak_flops, peak_memory_bytes
+from cc_ds.telemetry import Telemetry, Window, flops_per_token, log, peak_flops, peak_memory_bytes
 
 
 class Trainer:
@@ -43,8 +43,7 @@ class Trainer:
         self.num_layers = engine.module.config.num_hidden_layers
         self.window = Window(group, languages, self.num_layers)
         self.telemetry: Telemetry | None = None
-        # 2 FLOPs a weight forward and 4 backward; without the gradient through English, its share is 2 of 6.
-        self.flops_per_token = 6 * sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
+        self.flops_per_token = flops_per_token(engine.module, config.cc.english_grad)
 
     # ---- one step ----
 
@@ -183,7 +182,9 @@ class Trainer:
         norm = self.engine.get_global_grad_norm()
         values["grad_norm"] = float(self.grad_norm if norm is None else norm)
         values["learning_rate"] = learning_rate
-        values["mfu"] = values["tokens_per_second"] * self.flops_per_token / self._peak_flops()
+        target_flops, english_flops = self.flops_per_token
+        flops = values["tokens_per_second"] * target_flops + values["english_tokens_per_second"] * english_flops
+        values["mfu"] = flops / self._peak_flops()
         values["memory_gib"] = peak_memory_bytes(self.group.device) / 2**30
         self.telemetry.write(self.step, values)
         shown = [values[name] for name in ("loss", "grad_norm", "learning_rate", "tokens_per_second")]

@@ -94,7 +94,8 @@ class World:
 
     names: dict[str, dict[Entity, str]]
     facts: tuple[Fact, ...]
-    entities: tuple[Entity, ...]  # what the dictionary names
+    countries: tuple[Entity, ...]
+    answers: tuple[Entity, ...]  # main answers of the facts
 
 
 @dataclass(frozen=True)
@@ -165,8 +166,9 @@ def load_world(languages: tuple[str, ...] = LANGUAGES, num_territories: int = 12
             named = tuple(answer for answer in found if all(answer in table for table in names.values()))
             if found and named[:1] == (found[0],):
                 facts.append(Fact(relation, country, named))
-        entities = [("territory", country) for country in COUNTRIES[:num_territories]]
-    return World(names, tuple(facts), tuple(entities))
+        answers = sorted({fact.answers[0] for fact in facts})
+    countries = [("territory", country) for country in COUNTRIES[:num_territories]]
+    return World(names, tuple(facts), tuple(countries), tuple(answers))
 
 
 # ------------------------------------------------------------------------------------------------------------- splits
@@ -258,6 +260,7 @@ def build_atlas(
     phrasings: int = 2,
     warmup_english_share: float = 0.82,
     warmup_repeats: int = 6,
+    gloss: int = 1, wgloss: int = 0, 
     num_pairs: int = 1200,
 ) -> Atlas:
     """All rows, the same on every machine for a seed (nothing here depends on hash order).
@@ -284,14 +287,15 @@ def build_atlas(
                 parts[part].append(fact_row(world, fact, lang, turn))
             if part == "train":
                 every_pair += [fact_row(world, fact, lang, turn) for turn in range(PHRASINGS)]
-        for e, entity in enumerate(world.entities):
+        for e, entity in enumerate(world.answers):
             parts["name"] += [name_row(world, entity, lang, turn) for turn in _turns(e + l, 1)]
-            parts["gloss"] += [gloss_row(world, entity, lang, turn) for turn in _turns(e + l + 1, 1)]
+        for e, entity in enumerate(world.countries):
+            parts["gloss"] += [gloss_row(world, entity, lang, turn) for turn in _turns(e + l, gloss)]
     english = [fact_row(world, fact, "en", turn) for fact in world.facts for turn in range(2 * PHRASINGS)]
     own = [row for i, row in enumerate(english) if i % (2 * PHRASINGS) < PHRASINGS]
     base = [row for i, row in enumerate(english) if i % (2 * PHRASINGS) >= PHRASINGS]
     train = parts["train"] + parts["name"] + parts["gloss"] + own
-    base = base * warmup_repeats
+    base = base * warmup_repeats + parts["gloss"] * wgloss
     foreign = round(len(base) * (1 - warmup_english_share) / warmup_english_share)
     warmup = base + rng.sample(parts["name"], min(foreign, len(parts["name"])))
     rng.shuffle(train)
