@@ -14,13 +14,15 @@ from transformers.utils import logging as transformers_logging
 from cc_ds import export
 from cc_ds.config import Config
 from cc_ds.connection.model import CCModelForCausalLM
-from cc_ds.data.batches import CCCollator
 from cc_ds.data.templates import Template, load_template
 from cc_ds.data.tokenise import load_tokenised
 from cc_ds.dist.engine import build_engine, engine_config, sharded_construction
 from cc_ds.dist.group import Group
+from cc_ds.dist.signals import Requests
 from cc_ds.dist.zero import full_state_dict
 from cc_ds.infer.prompts import pad_token_id
+from cc_ds.models.attention import PACKED
+from cc_ds.run_state import RunState
 from cc_ds.telemetry import log
 from cc_ds.trainer import Trainer, count_steps
 
@@ -77,8 +79,8 @@ def build_model(config: Config, group: Group) -> tuple[CCModelForCausalLM, dict[
     )
     ds_config = engine_config(train, hf_config.hidden_size)
     options: dict[str, Any] = {"trust_remote_code": model_config.trust_remote_code}
-    if model_config.attn_implementation is not None:
-        options["attn_implementation"] = model_config.attn_implementation
+    # Training batches are packed: flash attention's variable-length kernels, or ours over SDPA.
+    options["attn_implementation"] = model_config.attn_implementation or PACKED
     construction = sharded_construction(ds_config)  # alive while the model is built
     model = CCModelForCausalLM.from_pretrained(
         model_config.model_name_or_path,
@@ -96,13 +98,25 @@ def build_model(config: Config, group: Group) -> tuple[CCModelForCausalLM, dict[
 
 
 def build_trainer(
-    config: Config, group: Group, data: RunData, model: CCModelForCausalLM, ds_config: dict[str, Any]
+    config: Config,
+    group: Group,
+    data: RunData,
+    model: CCModelForCausalLM,
+    ds_config: dict[str, Any],
+    run: RunState,
+    requests: Requests,
 ) -> Trainer:
     """The engine over the model and the trainer over the engine."""
     total_steps = count_steps(config, len(data.train), group.world_size)
     engine = build_engine(model, ds_config, config.train, total_steps)
-    collator = CCCollator(pad_token_id(data.tokenizer), connect=config.train.method == "cc")
-    return Trainer(engine, group, config, data.train, data.validation, collator)
+
+    def describe(folder: Path) -> None:
+        _complete_generation_config(model, data)
+        export.write_description(model, folder)
+        data.tokenizer.save_pretrained(folder)
+
+    pad = pad_token_id(data.tokenizer)
+    return Trainer(engine, group, config, data.train, data.validation, pad, run, requests, describe)
 
 
 def export_model(trainer: Trainer, data: RunData, folder: Path) -> None:
@@ -110,12 +124,15 @@ def export_model(trainer: Trainer, data: RunData, folder: Path) -> None:
     model = trainer.engine.module
     state_dict = full_state_dict(model, keep=trainer.group.is_main)
     if trainer.group.is_main:
-        # A built-in template travels with the model, and generate stops where its turn ends.
-        data.tokenizer.chat_template = data.template.chat_template
-        model.generation_config.eos_token_id = list(data.template.stop_token_ids)
-        model.generation_config.pad_token_id = pad_token_id(data.tokenizer)
+        _complete_generation_config(model, data)
         model.save_pretrained(folder, state_dict=state_dict)
         data.tokenizer.save_pretrained(folder)
         log.info("saved the model in %s", folder)
     trainer.group.barrier()
 
+
+def _complete_generation_config(model: CCModelForCausalLM, data: RunData) -> None:
+    """A built-in template travels with the model, and generate stops where its turn ends."""
+    data.tokenizer.chat_template = data.template.chat_template
+    model.generation_config.eos_token_id = list(data.template.stop_token_ids)
+    model.generation_config.pad_token_id = pad_token_id(data.tokenizer)

@@ -1,65 +1,215 @@
-"""Checkpoints: written beside, renamed when whole, the newest N kept; resumed exactly.
+"""Checkpoints: written beside, renamed when whole, checked before they are trusted; resumed exactly.
 
     output_dir/checkpoint-000120/
         engine/              weights, optimiser and schedule, as DeepSpeed writes them
+        model/               config and tokenizer, so that tools/export.py needs nothing else
         trainer_state.json   step and data position
+        complete.json        written last: size and SHA-256 of every other file
+    output_dir/checkpoint-000140.partial-3/    being written by generation 3 (run_state.py), or left by its end
 
 Noise, dropout and data order are functions of the seed and the step, so no generator has a state to keep.
+A checkpoint counts when every rank has written its part; one that is damaged is named and skipped, and stays where it
+is for its owner to look at.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import re
 import shutil
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from cc_ds.dist.group import Group
+from cc_ds.run_state import RunState
+from cc_ds.telemetry import log
 
 _NAME = re.compile(r"checkpoint-(\d+)")
+_PARTIAL = re.compile(r"checkpoint-\d+\.partial-(\d+)")
 _STATE = "trainer_state.json"
+_MARKER = "complete.json"
+_REMEDY = "free space there or choose another --output_dir, then start again with --resume_from_checkpoint latest"
 
 
-def save_checkpoint(engine, group: Group, output_dir: str | Path, state: dict[str, Any], keep: int) -> Path:
-    """Write a checkpoint at `state["step"]`; every rank must call it. Older ones beyond `keep` are removed after."""
-    final = Path(output_dir) / f"checkpoint-{state['step']:06d}"
-    partial = final.with_name(final.name + ".partial")
-    if group.is_main and partial.exists():
-        shutil.rmtree(partial)
-    group.barrier()
-    engine.save_checkpoint(str(partial), tag="engine")
-    group.barrier()
-    if group.is_main:
-        (partial / _STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
-        if final.exists():
-            shutil.rmtree(final)
-        partial.rename(final)
-        for old in list_checkpoints(output_dir)[:-keep]:
-            shutil.rmtree(old)
-    group.barrier()
+# ---- writing ----
+
+
+def save_checkpoint(
+    engine,
+    group: Group,
+    run: RunState,
+    state: dict[str, Any],
+    *,
+    keep: int,
+    keep_every: int = 0,
+    describe: Callable[[Path], None] | None = None,
+) -> Path:
+    """Write a checkpoint at `state["step"]`; every rank must call it.
+
+    Args:
+        keep: the newest whole checkpoints to keep; older ones are removed once this one is in place.
+        keep_every: those whose step is a multiple of it are kept for ever; 0: none.
+        describe: writes config and tokenizer into a folder; called on the main rank.
+
+    Raises:
+        ValueError: on every rank: a file that could not be written (a full disk), or a newer start of the run. The
+            older checkpoints are untouched.
+    """
+    final = run.output_dir / f"checkpoint-{state['step']:06d}"
+    partial = final.with_name(f"{final.name}.partial-{run.generation}")
+
+    def prepare() -> None:
+        run.check()
+        if partial.exists():
+            _remove(partial, "was never completed")
+
+    group.main_only(prepare)
+    engine.checkpoint_engine.start()
+    engine.save_checkpoint(str(partial), tag="engine", save_latest=False)
+    writer = engine.checkpoint_engine
+    reports = group.gather((group.rank, writer.error, {path: asdict(file) for path, file in writer.files.items()}))
+    failed = [f"rank {rank}: {error}" for rank, error, _ in reports if error is not None]
+    files = {os.path.relpath(path, partial): file for _, _, written in reports for path, file in written.items()}
+
+    def complete() -> None:
+        try:
+            if failed:
+                raise OSError(0, failed[0])
+            if describe is not None:
+                describe(partial / "model")
+            _write_text(partial / _STATE, json.dumps(state, indent=2) + "\n")
+            _write_marker(partial, files, {"step": state["step"], "generation": run.generation})
+        except OSError as error:
+            _remove(partial, "could not be completed")
+            raise ValueError(f"checkpoint not written: {error.filename or ''} {error.strerror}; {_REMEDY}") from error
+        run.check()
+        _put_in_place(partial, final)
+        _remove_old(run, keep, keep_every)
+
+    group.main_only(complete)
     return final
 
 
+def _write_marker(partial: Path, files: dict[str, dict[str, Any]], facts: dict[str, Any]) -> None:
+    for path in sorted(partial.rglob("*")):  # what did not pass through the writer
+        name = str(path.relative_to(partial))
+        if path.is_file() and name not in files:
+            files[name] = {"size": path.stat().st_size, "sha256": _digest(path)}
+    _write_text(partial / _MARKER, json.dumps(facts | {"files": dict(sorted(files.items()))}, indent=1) + "\n")
+
+
+def _put_in_place(partial: Path, final: Path) -> None:
+    aside = None
+    if final.exists():
+        whole = damage(final) is None
+        aside = _free_name(final, "replaced" if whole else "damaged")
+        final.rename(aside)
+        if not whole:
+            log.warning("%s was damaged and is now %s", final, aside)
+    partial.rename(final)
+    _sync_folder(final.parent)
+    if aside is not None and aside.name.startswith(f"{final.name}.replaced"):
+        _remove(aside, "was written again")
+
+
+def _remove_old(run: RunState, keep: int, keep_every: int) -> None:
+    whole = [path for path in list_checkpoints(run.output_dir) if damage(path) is None]
+    for path in whole[:-keep]:
+        if not keep_every or step_of(path) % keep_every:
+            shutil.rmtree(path)
+    for path in run.output_dir.glob("checkpoint-*.partial-*"):
+        match = _PARTIAL.fullmatch(path.name)
+        if match and int(match[1]) < run.generation:
+            _remove(path, f"was never completed by generation {match[1]}")
+
+
+# ---- finding ----
+
+
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
-    """Whole checkpoints of a run, oldest first."""
+    """Checkpoint folders of a run, oldest first, whole or not."""
     found = [path for path in Path(output_dir).glob("checkpoint-*") if _NAME.fullmatch(path.name)]
-    return sorted(found, key=lambda path: int(_NAME.fullmatch(path.name)[1]))
+    return sorted(found, key=step_of)
 
 
-def find_checkpoint(wanted: str, output_dir: str | Path) -> Path | None:
-    """The folder to resume from; "latest" in a run that has none yet is None, and the run starts anew.
+def step_of(path: Path) -> int:
+    """The step of a checkpoint folder, from its name."""
+    return int(_NAME.fullmatch(path.name)[1])
+
+
+def find_checkpoint(
+    wanted: str, output_dir: str | Path, group: Group | None = None, digests: bool = False
+) -> Path | None:
+    """The folder to resume from; with a group every rank must call it, and gets the same answer.
+
+    "latest" is the newest whole one: damaged ones are named and skipped. In a run that has none yet it is None, and the
+    run starts anew.
+
+    Args:
+        digests: read every file and compare its SHA-256 too, each rank its share; else names and sizes alone.
 
     Raises:
-        ValueError: a folder that does not exist or is not a whole checkpoint.
+        ValueError: the folder named is not a whole checkpoint, or "latest" found damaged ones alone.
     """
+    group = group or Group.alone()
+    candidates = [Path(wanted)]
     if wanted == "latest":
-        return (list_checkpoints(output_dir) or [None])[-1]
-    path = Path(wanted)
-    if not (path / _STATE).is_file():
-        there = ", ".join(str(item) for item in list_checkpoints(output_dir)) or "none"
-        raise ValueError(f"{path}: not a whole checkpoint (no {_STATE}); whole ones in {output_dir}: {there}")
-    return path
+        candidates = group.main_only(lambda: list_checkpoints(output_dir)[::-1])
+    problems = []
+    for path in candidates:
+        problem = group.main_only(lambda path=path: damage(path))
+        if problem is None and digests:
+            problem = digest_damage(path, group)
+        if problem is None:
+            return path
+        problems.append(f"{path}: {problem}")
+        if wanted == "latest" and group.is_main:
+            log.warning("%s: %s; skipped", path, problem)
+    if not problems:
+        return None
+    if wanted == "latest":
+        raise ValueError(f"no whole checkpoint in {output_dir}: {'; '.join(problems)}")
+    there = ", ".join(str(item) for item in list_checkpoints(output_dir) if damage(item) is None) or "none"
+    raise ValueError(f"{problems[0]}; whole ones in {output_dir}: {there}")
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint by the names and sizes of its files; None: nothing."""
+    try:
+        marker = json.loads((path / _MARKER).read_text(encoding="utf-8"))
+        files = {name: file["size"] for name, file in marker["files"].items()}
+    except FileNotFoundError:
+        return f"not a whole checkpoint (no {_MARKER})"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"damaged: {_MARKER} can't be read ({error})"
+    for name, size in files.items():
+        if not (path / name).is_file():
+            return f"not a whole checkpoint (no {name})"
+        found = (path / name).stat().st_size
+        if found != size:
+            return f"damaged: {name} has {found} bytes, not the {size} that were written"
+    return None
+
+
+def digest_damage(path: Path, group: Group | None = None) -> str | None:
+    """What is wrong with a checkpoint by the SHA-256 of its files; None: nothing. Every rank must call it."""
+    group = group or Group.alone()
+    files = sorted(json.loads((path / _MARKER).read_text(encoding="utf-8"))["files"].items())
+    problem = None
+    for name, file in files[group.rank :: group.world_size]:
+        try:
+            if _digest(path / name) != file["sha256"]:
+                problem = problem or f"damaged: {name} is not what was written (its SHA-256 differs)"
+        except OSError as error:
+            problem = problem or f"damaged: {name} can't be read ({error.strerror})"
+    return next((found for found in group.gather(problem) if found is not None), None)
+
+
+# ---- reading ----
 
 
 def load_checkpoint(engine, path: Path) -> dict[str, Any]:
@@ -79,3 +229,41 @@ def load_checkpoint(engine, path: Path) -> dict[str, Any]:
     if loaded is None:
         raise ValueError(f"{path}: DeepSpeed found no engine state there; resume from an older checkpoint")
     return state
+
+
+# ---- small parts ----
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _write_text(path: Path, text: str) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path: Path, reason: str) -> None:
+    log.info("removing %s, which %s", path, reason)
+    shutil.rmtree(path)
+
+
+def _free_name(path: Path, word: str) -> Path:
+    number = 1
+    while (candidate := path.with_name(f"{path.name}.{word}-{number}")).exists():
+        number += 1
+    return candidate

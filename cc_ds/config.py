@@ -48,8 +48,8 @@ class ModelConfig:
     """A tokenizer other than the model's."""
     chat_template: str | None = None
     """A built-in template (llama3, chatml, mistral, gemma, plain); None: the tokenizer's own."""
-    attn_implementation: str | None = None
-    """sdpa, eager, flash_attention_2 ...; None: the library's choice."""
+    attn_implementation: Literal["flash_attention_2", "flash_attention_3"] | None = None
+    """Attention over packed batches by these libraries, on CUDA; None: by torch's, everywhere."""
     gradient_checkpointing: bool = False
     """Recompute each layer's activations in the backward."""
     trust_remote_code: bool = False
@@ -130,10 +130,22 @@ class TrainConfig:
     """Steps between checkpoints; 0: none."""
     save_total_limit: int = 2
     """Newest checkpoints kept."""
+    save_keep_every: int = 0
+    """Checkpoints whose step is a multiple of this are kept for ever; 0: none."""
     resume_from_checkpoint: str | None = None
-    """A checkpoint folder, or "latest" for the newest in output_dir."""
+    """A checkpoint folder, or "latest" for the newest whole one in output_dir."""
+    verify_checkpoint: Literal["digests", "sizes"] = "digests"
+    """Before a resume: read every file and compare its SHA-256, each rank its share; or compare sizes alone."""
     stop_after_steps: int = 0
     """End the process, after a checkpoint, when this step is reached; 0: run to the end. The schedule is unchanged."""
+    step_timeout: float = 1800.0
+    """Seconds without a step (or evaluation, or checkpoint) after which the run ends with code 124; 0: never."""
+    max_skipped_steps: int = 5
+    """Steps in a row whose loss or gradient is NaN or Inf, each skipped, after which the run ends; 0: never."""
+    loss_spike: float = 2.0
+    """A step's loss this far (in nats) above the median of the last 50 is a spike; 0: none is."""
+    on_loss_spike: Literal["warn", "stop"] = "warn"
+    """What to do at one."""
     disable_tqdm: bool = False
     """No progress bar."""
 
@@ -143,7 +155,9 @@ class TrainConfig:
             _require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
         for name in ("learning_rate", "num_train_epochs"):
             _require(getattr(self, name) > 0, name, getattr(self, name), "positive")
-        for name in ("eval_steps", "save_steps", "stop_after_steps", "max_grad_norm", "weight_decay"):
+        zero_or_more = ("eval_steps", "save_steps", "save_keep_every", "stop_after_steps", "max_grad_norm")
+        guards = ("weight_decay", "step_timeout", "max_skipped_steps", "loss_spike")
+        for name in (*zero_or_more, *guards):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         _require(0 <= self.warmup_ratio <= 1, "warmup_ratio", self.warmup_ratio, "between 0 and 1")
 

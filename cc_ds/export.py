@@ -7,6 +7,7 @@ cc_connection.safetensors              decision_maker.weight (L, H); transform (
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -114,6 +115,17 @@ def write_connection(folder: str | Path, cc_config: CCConfig, decision_maker: Te
         tensors["transform"] = transform.detach().cpu().contiguous()
     save_file(tensors, folder / CONNECTION_FILE, metadata={"format": "pt"})
     (folder / CONFIG_FILE).write_text(json.dumps(asdict(cc_config), indent=2) + "\n", encoding="utf-8")
+
+
+def write_description(model, folder: str | Path) -> None:
+    """Write config.json, generation_config.json and cc_config.json: a model folder without its weights."""
+    folder = Path(folder)
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    config.dtype = str(model.dtype).removeprefix("torch.")
+    config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    (folder / CONFIG_FILE).write_text(json.dumps(asdict(model.cc_config), indent=2) + "\n", encoding="utf-8")
 
 
 def check_transform(transform: Tensor, num_layers: int, hidden_size: int) -> None:

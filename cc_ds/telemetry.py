@@ -2,7 +2,7 @@
 
 Sums are kept on the device between log lines (`Window`), so that no step waits for the host.
 
-Shapes: B rows, L layers.
+Shapes: K connected rows, L layers.
 """
 
 from __future__ import annotations
@@ -13,13 +13,17 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from cc_ds.data.packing import PackedBatch
 from cc_ds.dist.group import Group
+
+if TYPE_CHECKING:
+    from cc_ds.connection.model import CCOutput
 
 log = logging.getLogger("cc_ds")
 
@@ -111,22 +115,27 @@ class Window:
         self.started = time.perf_counter()
 
     @torch.no_grad()
-    def add_batch(self, output, batch: dict[str, Tensor], langs: Sequence[str]) -> None:
+    def add_batch(self, output: CCOutput, batch: PackedBatch) -> None:
         """A micro-batch: its share of the step's loss, its tokens, and what the gate chose."""
-        tokens = batch["attention_mask"].sum()
-        english_tokens = connected = entropy = ratio = 0.0
+        english_tokens = connected = 0
+        entropy = ratio = 0.0
         if output.choice is not None:
-            english_tokens = batch["english_attention_mask"].sum()
-            mask = batch["english_attention_mask"].any(dim=1)
+            mask, english_tokens = batch.connected, sum(batch.english.lengths)
             connected = mask.sum()
             probabilities = torch.softmax(output.decision_logits, dim=-1)
-            entropy_B = -(probabilities * probabilities.clamp_min(1e-30).log()).sum(dim=-1)
-            entropy = torch.where(mask, entropy_B, 0.0).sum()
+            entropy_K = -(probabilities * probabilities.clamp_min(1e-30).log()).sum(dim=-1)
+            entropy = torch.where(mask, entropy_K, 0.0).sum()
             ratio = torch.where(mask, output.fusion_ratio, 0.0).sum()
-            rows = torch.tensor([self.index[lang] for lang in langs]).to(self.choices.device)
-            self.choices.index_add_(0, rows, output.choice.to(self.choices.dtype))
-        values = (output.loss.detach(), tokens, english_tokens, connected, entropy, ratio)
-        self.sums += torch.stack([torch.as_tensor(v, dtype=torch.float64, device=self.sums.device) for v in values])
+            self.choices.index_add_(0, self._language_rows(batch), output.choice.to(self.choices.dtype))
+        values = (output.loss.detach(), sum(batch.target.lengths), english_tokens, connected, entropy, ratio)
+        sums = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=self.sums.device) for v in values])
+        # A batch whose loss is not finite is skipped (guard.py); it must not hide the others of its window.
+        self.sums += torch.nan_to_num(sums, nan=0.0, posinf=0.0, neginf=0.0)
+
+    def _language_rows(self, batch: PackedBatch) -> Tensor:
+        """(K,): the row of `choices` that each connected example counts in."""
+        languages = torch.tensor([self.index[lang] for lang in batch.langs]).to(self.choices.device, non_blocking=True)
+        return languages[batch.connected_rows]
 
     def read(self) -> dict[str, Any]:
         """The window's figures over all ranks. Every rank must call it."""

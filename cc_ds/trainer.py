@@ -1,6 +1,6 @@
 """The trainer: one step, top to bottom, and the loop around it.
 
-    micro-batches -> engine forward (English pass, target pass, loss) -> backward ... -> one optimiser step
+    packed micro-batches -> English pass of them all -> target pass, loss, backward of each -> English backward -> step
 
 The loss of a step is the sum over its target tokens, of all micro-batches and ranks, divided by their number.
 """
@@ -8,7 +8,8 @@ The loss of a step is the sum over its target tokens, of all micro-batches and r
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,21 +20,61 @@ from tqdm import tqdm
 from cc_ds.checkpoint import load_checkpoint, save_checkpoint
 from cc_ds.config import Config
 from cc_ds.connection.decision import gumbel_noise_at, mix
-from cc_ds.data.batches import BatchStream, CCCollator
+from cc_ds.data.batches import BatchStream
+from cc_ds.data.packing import PackedBatch, join, pack
 from cc_ds.dist.engine import grad_norm
 from cc_ds.dist.group import Group
+from cc_ds.dist.signals import Request, Requests
+from cc_ds.dist.watchdog import Watchdog
+from cc_ds.guard import Guard, poison_if_not_finite
+from cc_ds.run_state import RunState
 from cc_ds.telemetry import Telemetry, Window, flops_per_token, log, peak_flops, peak_memory_bytes
+
+
+class EnglishPass:
+    """The English prompts of a step, read for all its micro-batches at once (METHOD, Training, last paragraph).
+
+    Weights do not change within a step, so one pass gives every micro-batch its E, and one backward takes the gradients
+    that they leave on it: one gather of the parameters under ZeRO-3 where there would be one per micro-batch. With a
+    single micro-batch, the model reads the English prompts in the same forward, which is the same.
+    """
+
+    def __init__(self, engine, micro_batches: list[tuple[PackedBatch, Tensor | None]]) -> None:
+        self.needs_backward = False
+        self.activations: list[Tensor | None] = [None] * len(micro_batches)
+        english = [batch.english for batch, _ in micro_batches]
+        if len(micro_batches) == 1 or english[0] is None:
+            return
+        self.whole_LKH = engine(packed_english=join(english)).english_activations
+        self.needs_backward = self.whole_LKH.requires_grad
+        self.leaf_LKH = self.whole_LKH.detach().requires_grad_(self.needs_backward)
+        self.activations = list(self.leaf_LKH.split([len(part.lengths) for part in english], dim=1))
+
+    def surrogate_loss(self) -> Tensor:
+        """A scalar whose gradient at E is the one that the micro-batches left there."""
+        return (self.whole_LKH * self.leaf_LKH.grad).sum()
 
 
 class Trainer:
     """Trains an engine on a stream of rows."""
 
     def __init__(
-        self, engine, group: Group, config: Config, train_rows: Dataset, eval_rows: Dataset | None, collator: CCCollator
+        self,
+        engine,
+        group: Group,
+        config: Config,
+        train_rows: Dataset,
+        eval_rows: Dataset | None,
+        pad_token_id: int,
+        run: RunState,
+        requests: Requests,
+        describe: Callable[[Path], None] | None = None,
     ) -> None:
+        """`describe` writes the model's config and tokenizer into a folder, for checkpoints."""
         train = config.train
+        self.run, self.requests, self.describe = run, requests, describe
         self.engine, self.group, self.train_config = engine, group, train
-        self.collator, self.eval_rows = collator, eval_rows
+        self.eval_rows, self.pad_token_id = eval_rows, pad_token_id
         self.step = 0
         self.total_steps = count_steps(config, len(train_rows), group.world_size)
         self.stream = BatchStream(
@@ -43,35 +84,57 @@ class Trainer:
         self.num_layers = engine.module.config.num_hidden_layers
         self.window = Window(group, languages, self.num_layers)
         self.telemetry: Telemetry | None = None
+        self.guard = Guard(group, train)
+        self.watchdog = Watchdog(Path(train.output_dir) / "logs" / f"rank{group.rank}.log", train.step_timeout)
         self.flops_per_token = flops_per_token(engine.module, config.cc.english_grad)
 
     # ---- one step ----
 
     def train_step(self) -> None:
         """One optimiser step over `gradient_accumulation_steps` micro-batches."""
-        accumulation = self.train_config.gradient_accumulation_steps
+        engine, ranks = self.engine, self.group.world_size
         # Dropout is a function of (seed, step, rank), so that a resumed run draws what the other would have drawn.
         torch.manual_seed(mix(self.train_config.seed, self.step, self.group.rank))
-        batches = [self._next_batch() for _ in range(accumulation)]
-        target_tokens = self.group.sum(sum((batch["labels"][:, 1:] != -100).sum() for batch, _ in batches))
-        for batch, langs in batches:
-            output = self.engine(**batch, num_items_in_batch=target_tokens)
-            # The engine averages gradients over ranks and micro-batches; ours is a sum over both.
-            self.engine.backward(output.loss * self.group.world_size, scale_wrt_gas=False)
-            self.window.add_batch(output, batch, langs)
-            if self.engine.is_gradient_accumulation_boundary() and self._logs_after_this_step():
-                self.grad_norm = grad_norm(self.engine)
-            self.engine.step()
+        micro_batches = [self._next_batch() for _ in range(self.train_config.gradient_accumulation_steps)]
+        target_tokens = self._count_labels(micro_batches)
+        english = EnglishPass(engine, micro_batches)
+        losses = []
+        for number, (batch, noise) in enumerate(micro_batches):
+            engine.set_gradient_accumulation_boundary(number == len(micro_batches) - 1 and not english.needs_backward)
+            output = engine(
+                packed=batch,
+                english_activations=english.activations[number],
+                gate_noise=noise,
+                num_items_in_batch=target_tokens,
+            )
+            losses.append(output.loss.detach())
+            # The engine averages gradients over the ranks; ours is a sum over them.
+            engine.backward(poison_if_not_finite(output.loss) * ranks, scale_wrt_gas=False)
+            self.window.add_batch(output, batch)
+        if english.needs_backward:
+            engine.set_gradient_accumulation_boundary(True)
+            engine.backward(english.surrogate_loss(), scale_wrt_gas=False)
+        if self._logs_after_this_step():
+            self.grad_norm = grad_norm(engine)
+        engine.step()
         self.step += 1
-        self.window.steps += 1
+        applied = engine.was_step_applied()
+        self.window.steps += applied
+        self.guard.after_step(self.step, applied, losses, [row for batch, _ in micro_batches for row in batch.sources])
 
     # ---- the loop ----
 
-    def train(self) -> None:
-        """Steps until the end, with logs, evaluations and checkpoints at their intervals."""
+    def train(self) -> Request:
+        """Steps until the end, with logs, evaluations and checkpoints at their intervals.
+
+        Returns:
+            What ended it before its end, after a checkpoint (cc_ds/dist/signals.py); NONE: nothing.
+        """
         config = self.train_config
         self.telemetry = Telemetry(config.output_dir, self.group, self.step)
         self.engine.train()
+        self.watchdog.start()
+        request = Request.NONE
         last = min(self.total_steps, config.stop_after_steps or self.total_steps)
         bar = tqdm(
             total=self.total_steps,
@@ -80,22 +143,25 @@ class Trainer:
             unit="step",
             disable=config.disable_tqdm or not self.group.is_main,
         )
-        while self.step < last:
+        while self.step < last and request < Request.PREEMPT:
             learning_rate = self.engine.get_lr()[0]
             self.train_step()
+            self.watchdog.beat(self.step)
+            request = self.requests.poll()
             bar.update()
             if self._due(config.logging_steps):
                 bar.set_postfix(loss=f"{self._log(learning_rate):.3f}")
             if self.step < self.total_steps and config.eval_steps and self._due(config.eval_steps):
                 self.log_evaluation()
-            if config.save_steps and self._due(config.save_steps):
+            stops = self.step < self.total_steps and (self.step == last or request >= Request.PREEMPT)
+            if self._due(config.save_steps or math.inf) or request is Request.SAVE or stops:
                 self.save()
         bar.close()
-        if config.stop_after_steps and self.step < self.total_steps and not self._due(config.save_steps or math.inf):
-            self.save()
         if self.step == self.total_steps:
             self.log_evaluation()
         self.telemetry.close()
+        self.watchdog.stop()
+        return request if self.step < self.total_steps else Request.NONE
 
     def log_evaluation(self) -> None:
         """The loss per target token on the validation rows, noise off; nothing without such rows."""
@@ -110,11 +176,11 @@ class Trainer:
         """The mean loss per target token over all validation rows and ranks."""
         self.engine.eval()
         total = torch.zeros(2, dtype=torch.float64, device=self.group.device)
-        one = torch.ones((), device=self.group.device)
-        for rows in self._eval_batches():
-            batch, _ = self._to_device(rows)
-            loss = self.engine(**batch, num_items_in_batch=one).loss
-            total += torch.stack([loss.double(), (batch["labels"][:, 1:] != -100).sum().double()])
+        for rows, counts in self._eval_batches():
+            self.watchdog.beat(self.step)
+            batch = pack(rows, self.pad_token_id, connect=self.train_config.method == "cc").to(self.group.device)
+            loss = self.engine(packed=batch, num_items_in_batch=1).loss.double()
+            total += counts * torch.stack([loss, loss.new_tensor(len(batch.labels))])
         self.engine.train()
         loss, tokens = self.group.sum(total).tolist()
         return loss / max(tokens, 1)
@@ -123,8 +189,16 @@ class Trainer:
         """A checkpoint at this step."""
         state = {"step": self.step, "data": self.stream.state_dict(), "seed": self.train_config.seed}
         path = save_checkpoint(
-            self.engine, self.group, self.train_config.output_dir, state, self.train_config.save_total_limit
+            self.engine,
+            self.group,
+            self.run,
+            state,
+            keep=self.train_config.save_total_limit,
+            keep_every=self.train_config.save_keep_every,
+            describe=self.describe,
         )
+        self.run.step = self.step
+        self.watchdog.beat(self.step)
         log.info("step %d/%d  saved %s", self.step, self.total_steps, path)
 
     def resume(self, path) -> None:
@@ -136,7 +210,7 @@ class Trainer:
         state = load_checkpoint(self.engine, path)
         if state["seed"] != self.train_config.seed:
             raise ValueError(f"{path} was written with seed {state['seed']}, this run has {self.train_config.seed}")
-        self.step = state["step"]
+        self.step = self.run.step = state["step"]
         self.stream.load_state_dict(state["data"])
         log.info("resumed from %s at step %d/%d", path, self.step, self.total_steps)
 
@@ -148,33 +222,28 @@ class Trainer:
     def _logs_after_this_step(self) -> bool:
         return (self.step + 1) % self.train_config.logging_steps == 0 or self.step + 1 == self.total_steps
 
-    def _next_batch(self) -> tuple[dict[str, Tensor], list[str]]:
-        """This rank's next micro-batch on the device, with the gate's noise, and its rows' languages."""
+    def _next_batch(self) -> tuple[PackedBatch, Tensor | None]:
+        """This rank's next micro-batch on the device, and the gate's noise (K, L) for its rows with English."""
         positions = self.stream.next_positions()
-        batch, langs = self._to_device(next(self.stream))
-        if self.train_config.method == "cc":
-            noise = gumbel_noise_at(positions, self.num_layers, self.train_config.seed)
-            batch["gate_noise"] = noise.to(self.group.device, non_blocking=True)
-        return batch, langs
+        batch = pack(next(self.stream), self.pad_token_id, connect=self.train_config.method == "cc")
+        if batch.english is None:
+            return batch.to(self.group.device), None
+        connected = [positions[row] for row in batch.connected_rows.tolist()]
+        noise = gumbel_noise_at(connected, self.num_layers, self.train_config.seed)
+        return batch.to(self.group.device), noise.to(self.group.device, non_blocking=True)
 
-    def _to_device(self, rows: list[dict[str, Any]]) -> tuple[dict[str, Tensor], list[str]]:
-        batch = self.collator(rows)
-        tensors = {
-            name: value.to(self.group.device, non_blocking=True)
-            for name, value in batch.items()
-            if isinstance(value, Tensor)
-        }
-        return tensors, batch["langs"]
+    def _count_labels(self, micro_batches: list[tuple[PackedBatch, Tensor | None]]) -> Tensor:
+        """Target tokens of the step over all micro-batches and ranks; the host does not wait for it."""
+        count = sum(len(batch.labels) for batch, _ in micro_batches)
+        return self.group.sum(torch.tensor(count, device=self.group.device))
 
-    def _eval_batches(self) -> Iterator[list[dict[str, Any]]]:
-        """This rank's rows. Every rank gives equally many batches; one beyond the end repeats rows without labels."""
+    def _eval_batches(self) -> Iterator[tuple[list[dict[str, Any]], bool]]:
+        """This rank's rows and whether they count. Every rank gives equally many batches, as each runs both passes."""
         size, ranks = self.train_config.per_device_eval_batch_size, self.group.world_size
         for start in range(0, len(self.eval_rows), size * ranks):
             first = start + self.group.rank * size
             rows = [self.eval_rows[i] for i in range(first, min(first + size, len(self.eval_rows)))]
-            if not rows:
-                rows = [self.eval_rows[0] | {"labels": [-100] * len(self.eval_rows[0]["labels"])}]
-            yield rows
+            yield rows or [self.eval_rows[0]], bool(rows)
 
     def _log(self, learning_rate: float) -> float:
         values = self.window.read()
@@ -182,6 +251,7 @@ class Trainer:
         norm = self.engine.get_global_grad_norm()
         values["grad_norm"] = float(self.grad_norm if norm is None else norm)
         values["learning_rate"] = learning_rate
+        values["skipped_steps"] = self.guard.skipped
         target_flops, english_flops = self.flops_per_token
         flops = values["tokens_per_second"] * target_flops + values["english_tokens_per_second"] * english_flops
         values["mfu"] = flops / self._peak_flops()

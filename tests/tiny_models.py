@@ -91,3 +91,23 @@ def batch(seed: int = 0, rows: int = 3, length: int = 12, english_length: int = 
         "english_attention_mask": english_attention_mask,
         "english_anchors": english_lengths - 1,
     }
+
+
+def tokenised_rows(seed: int = 0, count: int = 5) -> list[dict]:
+    """Tokenised rows of different lengths; the second and the last have no English."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def tokens(low: int, high: int) -> list[int]:
+        length = int(torch.randint(low, high, (1,), generator=draw))
+        return torch.randint(3, VOCAB, (length,), generator=draw).tolist()
+
+    rows = []
+    for index in range(count):
+        prompt, response = tokens(3, 9), tokens(1, 6)
+        english = [] if index in (1, count - 1) else tokens(2, 8)
+        rows.append({
+            "input_ids": prompt + response, "labels": [-100] * len(prompt) + response, "anchor": len(prompt) - 1,
+            "english_input_ids": english, "english_anchor": max(0, len(english) - 1), "lang": "sw",
+            "source": f"rows.jsonl:{index}",
+        })  # fmt: skip
+    return rows

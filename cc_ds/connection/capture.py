@@ -1,16 +1,17 @@
 """Hooks on a stock model, and the pass that tells them what to do.
 
 A forward through the model is one *pass*. While a pass is active, the hooks hand it the hidden state that enters layer
-0 and every layer's FFN output; without one they do nothing and the model is its stock self. Two passes exist:
+0, and every layer's FFN input and output; without one they do nothing and the model is its stock self. There are two:
 
     ReadPass   an English or a target prompt read alone: keep each layer's FFN output at the anchor
-    FusePass   a target sequence: decide on English activations, add the chosen one to one layer's FFN output
+    FusePass   target sequences: decide on English activations, add the chosen one to one layer's FFN output
 
 Activation checkpointing calls the FFN hooks again in the backward, long after the pass has ended. The recomputation
 therefore runs under the pass that was active when the layer first ran (`Hooks.checkpoint_contexts`): without that, the
 hooks would see another pass or none, and torch would raise CheckpointError.
 
-Shapes: B examples, T positions, L layers, H hidden size.
+Shapes: B rows of T positions; K anchors in them, one per example (K = B, or B = 1 where examples are packed); L layers;
+H hidden size.
 """
 
 from __future__ import annotations
@@ -32,32 +33,49 @@ class Pass(Protocol):
     def on_layer0_input(self, hidden_BTH: Tensor) -> None:
         """The hidden state that enters layer 0. Called once, outside any checkpoint."""
 
+    def on_ffn_input(self, layer: int, input_BTH: Tensor) -> Tensor | None:
+        """What enters one layer's feed-forward block; a returned tensor replaces it. Called again at recomputation."""
+
     def on_ffn_output(self, layer: int, output_BTH: Tensor) -> Tensor | None:
         """One layer's FFN output; a returned tensor replaces it. Called again at every recomputation."""
 
 
-def take_anchor_rows(hidden_BTH: Tensor, anchors: Tensor) -> Tensor:
-    """(B, T, H), (B,) -> (B, H): each example's row at its anchor."""
-    return hidden_BTH[torch.arange(hidden_BTH.shape[0], device=hidden_BTH.device), anchors]
+def flat_positions(anchors: Tensor, length: int) -> Tensor:
+    """(B,) anchors of B rows of `length` positions -> (B,) positions counted over all rows."""
+    return anchors + length * torch.arange(anchors.shape[0], device=anchors.device)
+
+
+def take_rows(hidden_BTH: Tensor, positions: Tensor) -> Tensor:
+    """(B, T, H), (K,) positions counted over all rows -> (K, H)."""
+    return hidden_BTH.flatten(0, 1).index_select(0, positions)
 
 
 @dataclass(slots=True)
 class ReadPass:
-    """Keeps every layer's FFN output at the anchor (METHOD, Training, step 2)."""
+    """Keeps every layer's FFN output at K positions (METHOD, Training, step 2).
 
-    anchors: Tensor
+    Nothing is needed after the last layer's FFN, so that block runs at the K positions alone.
+    """
+
+    positions: Tensor
+    last_layer: int
     rows: dict[int, Tensor] = field(default_factory=dict)
 
     def on_layer0_input(self, hidden_BTH: Tensor) -> None:
         return None
 
-    def on_ffn_output(self, layer: int, output_BTH: Tensor) -> None:
-        row_BH = take_anchor_rows(output_BTH, self.anchors)
+    def on_ffn_input(self, layer: int, input_BTH: Tensor) -> Tensor | None:
+        return take_rows(input_BTH, self.positions)[None] if layer == self.last_layer else None
+
+    def on_ffn_output(self, layer: int, output_BTH: Tensor) -> Tensor | None:
+        row_KH = output_BTH[0] if layer == self.last_layer else take_rows(output_BTH, self.positions)
         # At recomputation the same tensor comes again; the first one is the one in the graph.
-        self.rows.setdefault(layer, row_BH)
+        self.rows.setdefault(layer, row_KH)
+        # Nobody reads what follows; zeros that broadcast keep the residual's shape.
+        return output_BTH.new_zeros(1, 1, output_BTH.shape[-1]) if layer == self.last_layer else None
 
     def activations(self) -> Tensor:
-        """(L, B, H), in layer order."""
+        """(L, K, H), in layer order."""
         return torch.stack([self.rows[layer] for layer in sorted(self.rows)])
 
 
@@ -66,36 +84,61 @@ class FusePass:
     """Decides on the English activations and fuses the chosen one (METHOD, Training, steps 3 and 4)."""
 
     decision_maker: nn.Module
-    english_LBH: Tensor
-    anchors: Tensor
+    english_LKH: Tensor
+    positions: Tensor
     noise: Tensor
     fuse_layer: int
     mask: Tensor | None = None
-    embedding_BH: Tensor | None = None
+    embedding_KH: Tensor | None = None
     choice: Tensor | None = None
     decision_logits: Tensor | None = None
     fusion_ratio: Tensor | None = None
 
     def on_layer0_input(self, hidden_BTH: Tensor) -> None:
-        self.embedding_BH = take_anchor_rows(hidden_BTH, self.anchors)
+        self.embedding_KH = take_rows(hidden_BTH, self.positions)
+
+    def on_ffn_input(self, layer: int, input_BTH: Tensor) -> None:
+        return None
 
     def on_ffn_output(self, layer: int, output_BTH: Tensor) -> Tensor | None:
         if layer != self.fuse_layer:
             return None
-        fused_BTH, choice, logits = self.decision_maker(
-            output_BTH, self.english_LBH, self.embedding_BH, self.noise, self.anchors, self.mask
+        before_KH = take_rows(output_BTH.detach(), self.positions)
+        first = torch.zeros_like(self.positions)
+        fused_K1H, choice, logits = self.decision_maker(
+            before_KH[:, None], self.english_LKH, self.embedding_KH, self.noise, first, self.mask
         )
         if self.choice is None:
             self.choice, self.decision_logits = choice, logits
-            self.fusion_ratio = self._ratio(output_BTH, choice)
-        return fused_BTH
+            self.fusion_ratio = _ratio(fused_K1H[:, 0].detach(), before_KH)
+        return _ReplaceRows.apply(output_BTH, fused_K1H[:, 0], self.positions)
 
-    @torch.no_grad()
-    def _ratio(self, output_BTH: Tensor, choice: Tensor) -> Tensor:
-        """(B,): norm of what is fused over the norm of what it is added to."""
-        connection_BH = torch.einsum("bl,lbh->bh", choice, self.english_LBH.to(choice.dtype))
-        before_BH = take_anchor_rows(output_BTH, self.anchors).to(choice.dtype)
-        return connection_BH.norm(dim=-1) / before_BH.norm(dim=-1).clamp_min(1e-12)
+
+class _ReplaceRows(torch.autograd.Function):
+    """Rows of a tensor become themselves plus something: `hidden[positions] = rows`, in place.
+
+    The rows are computed from the detached tensor, so the gradient of the tensor is handed through unchanged, whole,
+    and the rows get theirs; nothing of the tensor's size is made.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden_BTH: Tensor, rows_KH: Tensor, positions: Tensor) -> Tensor:
+        ctx.positions = positions
+        ctx.mark_dirty(hidden_BTH)
+        hidden_BTH.view(-1, hidden_BTH.shape[-1]).index_copy_(0, positions, rows_KH)
+        return hidden_BTH
+
+    @staticmethod
+    def backward(ctx, grad_BTH: Tensor) -> tuple[Tensor, Tensor, None]:
+        return grad_BTH, take_rows(grad_BTH, ctx.positions), None
+
+
+@torch.no_grad()
+def _ratio(fused_KH: Tensor, before_KH: Tensor) -> Tensor:
+    """(K,): norm of what is fused over the norm of what it is added to."""
+    wide = torch.promote_types(before_KH.dtype, torch.float32)
+    added_KH = fused_KH.to(wide) - before_KH.to(wide)
+    return added_KH.norm(dim=-1) / before_KH.to(wide).norm(dim=-1).clamp_min(1e-12)
 
 
 class Hooks:
@@ -108,11 +151,19 @@ class Hooks:
         layers = layers_of(model, family)
         layers[0].register_forward_pre_hook(self._layer0_input, with_kwargs=True)
         for index, layer in enumerate(layers):
+            layer.mlp.register_forward_pre_hook(self._ffn_input(index))
             ffn_of(layer, family).register_forward_hook(self._ffn_output(index))
 
     def _layer0_input(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if self.active is not None:
             self.active.on_layer0_input(args[0] if args else kwargs["hidden_states"])
+
+    def _ffn_input(self, layer: int):
+        def hook(module: nn.Module, args: tuple) -> tuple | None:
+            changed = None if self.active is None else self.active.on_ffn_input(layer, args[0])
+            return None if changed is None else (changed, *args[1:])
+
+        return hook
 
     def _ffn_output(self, layer: int):
         def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:

@@ -12,6 +12,7 @@ Shapes: B examples, T target positions, T_en English positions, L layers, H hidd
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, PretrainedConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -26,13 +28,16 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from cc_ds import export
 from cc_ds.config import CCConfig
-from cc_ds.connection.capture import FusePass, Hooks, Pass, ReadPass
+from cc_ds.connection.capture import FusePass, Hooks, Pass, ReadPass, flat_positions
 from cc_ds.connection.decision import DecisionMaker, gumbel_noise
+from cc_ds.data.packing import Packed, PackedBatch
 from cc_ds.infer.generate import generate_connected
 from cc_ds.models.arch import decoder_of, family_of
 
 # The Decision Maker's name in the authors' checkpoints.
 _AUTHORS_KEYS = {r"^model\.source_select\.": "decision_maker."}
+# 1 GiB of float32 logits, which hold their gradient's place too.
+LOGITS_CHUNK = 2**28
 
 
 @dataclass
@@ -173,7 +178,7 @@ class CCModelForCausalLM:
         if anchors is None:
             anchors = default_anchors(input_ids, attention_mask, None)
         decoder_kwargs.setdefault("use_cache", False)
-        read = ReadPass(anchors)
+        read = ReadPass(flat_positions(anchors, input_ids.shape[1]), self.config.num_hidden_layers - 1)
         with self.hooks.during(read):
             decoder_of(self, self.family)(input_ids=input_ids, attention_mask=attention_mask, **decoder_kwargs)
         return read.activations()
@@ -193,6 +198,9 @@ class CCModelForCausalLM:
         english_attention_mask: Tensor | None = None,
         english_anchors: Tensor | None = None,
         gate_noise: Tensor | None = None,
+        packed: PackedBatch | None = None,
+        packed_english: Packed | None = None,
+        english_activations: Tensor | None = None,
         **kwargs,
     ) -> CCOutput:
         """One forward: the English pass when there is an English prompt, then the target pass.
@@ -205,11 +213,18 @@ class CCModelForCausalLM:
                 English prompt and passes as plain SFT.
             english_anchors: (B,) int64; None: the last English token.
             gate_noise: (B, L); None: Gumbel(0, 1) in training mode, zeros in evaluation mode.
+            packed: a packed batch in place of the tensors above; what training runs (see `packed_forward`).
+            packed_english: packed English prompts alone: E and nothing else, for several micro-batches at once.
+            english_activations: (L, K, H), E of a packed batch that was read before.
             kwargs: for the stock forward; `num_items_in_batch` makes the loss a sum divided by it.
 
         Raises:
             ValueError: anchors or noise of a wrong shape.
         """
+        if packed_english is not None:
+            return CCOutput(english_activations=self._read_packed(packed_english))
+        if packed is not None:
+            return self._packed_forward(packed, english_activations, gate_noise, **kwargs)
         # generate's pass acts in its first forward, the prefill, and in no later one
         current, self.prefill_pass = self.prefill_pass, None
         if english_input_ids is not None:
@@ -233,6 +248,64 @@ class CCModelForCausalLM:
             )
         return _with_connection(output, current)
 
+    def _packed_forward(
+        self, packed: PackedBatch, english_LKH: Tensor | None, noise: Tensor | None, num_items_in_batch: Tensor
+    ) -> CCOutput:
+        """The loss of a packed batch: its labels' cross-entropy, summed and divided by `num_items_in_batch`.
+
+        Logits exist at labelled positions only, in chunks. `noise` is (K, L) or None, which is zeros.
+        """
+        current = None
+        if packed.english is not None:
+            if english_LKH is None:
+                english_LKH = self._read_packed(packed.english)
+            anchors = packed.target.anchors[packed.connected_rows]
+            current = self._fuse_pass(english_LKH, anchors, packed.connected, noise)
+        with self.hooks.during(current):
+            hidden_1TH = self._decode(packed.target)
+        loss = self._labelled_loss(hidden_1TH[0, packed.label_positions], packed.labels) / num_items_in_batch
+        return _with_connection({"loss": loss}, current)
+
+    def _read_packed(self, english: Packed) -> Tensor:
+        """(L, K, H): the English pass over packed prompts."""
+        read = ReadPass(english.anchors, self.config.num_hidden_layers - 1)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.cc_config.english_grad), self.hooks.during(read):
+            self._decode(english)
+        return read.activations()
+
+    def _decode(self, packed: Packed) -> Tensor:
+        """(1, T, H): the decoder's last hidden state over packed segments, none of which sees another."""
+        lengths = torch.tensor([0, *packed.lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        lengths = lengths.to(packed.input_ids.device, non_blocking=True)
+        return decoder_of(self, self.family)(
+            input_ids=packed.input_ids,
+            position_ids=packed.position_ids,
+            use_cache=False,
+            segment_lengths=packed.lengths,  # for our attention; the other four for flash attention's
+            cu_seq_lens_q=lengths,
+            cu_seq_lens_k=lengths,
+            max_length_q=max(packed.lengths),
+            max_length_k=max(packed.lengths),
+        ).last_hidden_state
+
+    def _labelled_loss(self, hidden_NH: Tensor, labels: Tensor) -> Tensor:
+        """The summed cross-entropy of N labelled positions; float32 logits of at most LOGITS_CHUNK values live at once.
+
+        With several chunks, each one's logits are computed again in the backward.
+        """
+        rows = max(1, LOGITS_CHUNK // self.config.vocab_size)
+        if hidden_NH.shape[0] <= rows:
+            return self._chunk_loss(hidden_NH, labels)
+        chunks = zip(hidden_NH.split(rows), labels.split(rows))
+        return sum(checkpoint(self._chunk_loss, *chunk, use_reentrant=False) for chunk in chunks)
+
+    def _chunk_loss(self, hidden_NH: Tensor, labels: Tensor) -> Tensor:
+        logits = self.get_output_embeddings()(hidden_NH).float()
+        cap = getattr(self.config, "final_logit_softcapping", None)  # Gemma 2
+        if cap is not None:
+            logits = torch.tanh(logits / cap) * cap
+        return functional.cross_entropy(logits, labels, reduction="sum")
+
     def _read_english(
         self, input_ids, attention_mask, labels, anchors, english_input_ids, english_attention_mask, english_anchors,
         noise,
@@ -251,22 +324,27 @@ class CCModelForCausalLM:
         return self.fuse_pass(
             english_LBH,
             default_anchors(input_ids, attention_mask, labels) if anchors is None else anchors,
+            input_ids.shape[1],
             mask,
             gumbel_noise(batch, english_LBH.shape[0], english_LBH.device) if noise is None and self.training else noise,
         )
 
     def fuse_pass(
-        self, english_LBH: Tensor, anchors: Tensor, mask: Tensor | None = None, noise: Tensor | None = None
+        self, english_LBH: Tensor, anchors: Tensor, length: int, mask: Tensor | None = None, noise: Tensor | None = None
     ) -> FusePass:
-        """A pass that fuses `english_LBH` (L, B, H) at `anchors` (B,), with `noise` (B, L) or none."""
-        layers, batch, _ = english_LBH.shape
+        """A pass that fuses `english_LBH` (L, B, H) at `anchors` (B,) of rows of `length`; `noise` (B, L) or none."""
+        batch = english_LBH.shape[1]
         if anchors.shape != (batch,):
             raise ValueError(f"anchors must have shape ({batch},), one per row, not {tuple(anchors.shape)}")
+        return self._fuse_pass(english_LBH, flat_positions(anchors, length), mask, noise)
+
+    def _fuse_pass(self, english_LKH: Tensor, positions: Tensor, mask: Tensor | None, noise: Tensor | None) -> FusePass:
+        layers, rows, _ = english_LKH.shape
         if noise is None:
-            noise = english_LBH.new_zeros(batch, layers, dtype=torch.float32)
-        if noise.shape != (batch, layers):
-            raise ValueError(f"gate_noise must have shape ({batch}, {layers}), not {tuple(noise.shape)}")
-        return FusePass(self.decision_maker, english_LBH, anchors, noise, self.cc_config.fuse_layer, mask)
+            noise = english_LKH.new_zeros(rows, layers, dtype=torch.float32)
+        if noise.shape != (rows, layers):
+            raise ValueError(f"gate_noise must have shape ({rows}, {layers}), not {tuple(noise.shape)}")
+        return FusePass(self.decision_maker, english_LKH, positions, noise, self.cc_config.fuse_layer, mask)
 
     def generate(
         self,
@@ -322,11 +400,11 @@ def default_anchors(input_ids: Tensor, attention_mask: Tensor | None, labels: Te
     return torch.where(counts.any(dim=1), (counts.int().argmax(dim=1) - 1).clamp_min(0), last)
 
 
-def _with_connection(output: CausalLMOutputWithPast, current: Pass | None) -> CCOutput:
+def _with_connection(output: Mapping, current: Pass | None) -> CCOutput:
     fields = {name: output.get(name) for name in ("loss", "logits", "past_key_values", "hidden_states", "attentions")}
     if isinstance(current, FusePass):
         fields |= {
-            "english_activations": current.english_LBH,
+            "english_activations": current.english_LKH,
             "decision_logits": current.decision_logits,
             "choice": current.choice,
             "fusion_ratio": current.fusion_ratio,

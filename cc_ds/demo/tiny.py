@@ -3,7 +3,7 @@
     texts -> train_tokenizer -> folder that AutoTokenizer loads
     tiny_llama(len(tokenizer), seed) -> stock LlamaForCausalLM, random weights -> save_tiny -> folder
 
-The tokenizer is a SentencePiece BPE model with byte fallback, carried over to a fast Hugging Face tokenizer: any
+The tokenizer is a SentencePiece unigram model with byte fallback, carried over to a fast Hugging Face tokenizer: any
 text in any script survives a round trip. A turn of the chat costs one token at each end:
 
     <s><|user|>question<|assistant|>answer<|end|>
@@ -12,6 +12,9 @@ text in any script survives a round trip. A turn of the chat costs one token at 
 from __future__ import annotations
 
 import io
+import tempfile
+import unicodedata
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -23,6 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase,
 PAD, UNK, BOS, EOS = "<pad>", "<unk>", "<s>", "</s>"
 USER, ASSISTANT, SYSTEM, END = "<|user|>", "<|assistant|>", "<|system|>", "<|end|>"
 PAD_ID, UNK_ID, BOS_ID, EOS_ID = range(4)
+LONGEST_PIECE = 24  # characters
 END_ID = 7  # user-defined pieces follow the four control pieces, in the order given to the trainer
 
 CHAT_TEMPLATE = (
@@ -35,53 +39,64 @@ CHAT_TEMPLATE = (
 )
 
 
-def _bpe_pieces(texts: Iterable[str], vocab_size: int) -> list[str]:
-    """Pieces by id. One thread and the identity normaliser: the same pieces on every machine.
+def _seeds(texts: list[str]) -> Counter[str]:
+    """Candidate pieces with their counts: every word (with SentencePiece's leading "▁") and every part of 2 to 4 letters.
 
-    BPE, not unigram: SentencePiece seeds a unigram model from distinct words, so the words of the question templates,
-    each a single distinct word however often it occurs, would never become pieces and prompts would be twice as long.
+    SentencePiece's own candidates are strings that occur in two distinct words, so the words of a question template,
+    each one distinct word however often it is written, would fall to pieces and a prompt would be twice as long.
     """
+    words: Counter[str] = Counter()
+    for text in texts:
+        spaced = "".join(" " if unicodedata.category(c)[0] == "P" else c for c in f"▁{text.replace(' ', ' ▁')}")
+        words.update(spaced.split())
+    seeds: Counter[str] = Counter()
+    for word, count in words.items():
+        parts = [word[start : start + size] for size in (2, 3, 4) for start in range(len(word) - size + 1)]
+        for piece in [word, *parts] if 4 < len(word) <= LONGEST_PIECE else parts:
+            seeds[piece] += count
+    return seeds
+
+
+def _unigram_pieces(texts: list[str], vocab_size: int) -> list[tuple[str, float]]:
+    """(piece, log-probability) by id. One thread and the identity normaliser: the same pieces on every machine."""
     written = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts),
-        model_writer=written,
-        model_type="bpe",
-        vocab_size=vocab_size,
-        byte_fallback=True,
-        character_coverage=1.0,
-        normalization_rule_name="identity",
-        num_threads=1,
-        pad_id=PAD_ID,
-        unk_id=UNK_ID,
-        bos_id=BOS_ID,
-        eos_id=EOS_ID,
-        pad_piece=PAD,
-        unk_piece=UNK,
-        bos_piece=BOS,
-        eos_piece=EOS,
-        user_defined_symbols=[USER, ASSISTANT, SYSTEM, END],
-        minloglevel=2,
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        seed_file = Path(folder) / "seeds.tsv"
+        seeds = sorted(_seeds(texts).items(), key=lambda item: (-item[1], item[0]))
+        seed_file.write_text("".join(f"{piece}\t{count}\n" for piece, count in seeds), encoding="utf-8")
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts),
+            model_writer=written,
+            model_type="unigram",
+            vocab_size=vocab_size,
+            hard_vocab_limit=False,  # a small corpus has fewer words than were asked for
+            seed_sentencepieces_file=str(seed_file),
+            max_sentencepiece_length=LONGEST_PIECE,
+            byte_fallback=True,
+            character_coverage=1.0,
+            normalization_rule_name="identity",
+            num_threads=1,
+            pad_id=PAD_ID,
+            unk_id=UNK_ID,
+            bos_id=BOS_ID,
+            eos_id=EOS_ID,
+            pad_piece=PAD,
+            unk_piece=UNK,
+            bos_piece=BOS,
+            eos_piece=EOS,
+            user_defined_symbols=[USER, ASSISTANT, SYSTEM, END],
+            minloglevel=2,
+        )
     model = sentencepiece.SentencePieceProcessor(model_proto=written.getvalue())
-    return [model.id_to_piece(i) for i in range(model.get_piece_size())]
-
-
-def _merges(vocab: dict[str, int]) -> list[tuple[str, str]]:
-    """The merges behind SentencePiece's pieces: every split of a piece into two pieces, in the order of ids."""
-    return [
-        (piece[:cut], piece[cut:])
-        for piece in vocab
-        for cut in range(1, len(piece))
-        if piece[:cut] in vocab and piece[cut:] in vocab
-    ]
+    return [(model.id_to_piece(i), model.get_score(i)) for i in range(model.get_piece_size())]
 
 
 def train_tokenizer(
     texts: Iterable[str], folder: str | Path, vocab_size: int = 4000, model_max_length: int = 256
 ) -> PreTrainedTokenizerBase:
     """Train on `texts`, save to `folder` as a Hugging Face tokenizer, and return it as AutoTokenizer would load it."""
-    vocab = {piece: i for i, piece in enumerate(_bpe_pieces(texts, vocab_size))}
-    core = Tokenizer(models.BPE(vocab, _merges(vocab), unk_token=UNK, fuse_unk=True, byte_fallback=True))
+    pieces = _unigram_pieces(list(texts), vocab_size)
+    core = Tokenizer(models.Unigram(pieces, unk_id=UNK_ID, byte_fallback=True))
     # Every stretch of text between two markers gets SentencePiece's leading space, so a name is the same tokens at the
     # start of a question, within one, and as the answer.
     core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=True)

@@ -14,6 +14,22 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from cc_ds.config import TrainConfig
 
+
+class SkippingAdamW(torch.optim.AdamW):
+    """AdamW that takes no step when a gradient is NaN or Inf, as ZeRO does by itself; for stage 0.
+
+    DeepSpeed reads `overflow` after the step and leaves the schedule where it was.
+    """
+
+    overflow = False
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        self.overflow = not bool(torch.nn.utils.get_total_norm(gradients).isfinite())
+        return None if self.overflow else super().step(closure)
+
+
 _SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
 
@@ -70,11 +86,14 @@ def build_engine(model: nn.Module, config: dict[str, Any], train: TrainConfig, t
     """The engine over `model`, with AdamW and the schedule of `train` over `total_steps` steps."""
     import deepspeed
 
+    from cc_ds.dist.writer import CheckpointWriter
+
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     no_decay = [p for name, p in model.named_parameters() if p.requires_grad and _is_norm_or_bias(name, p)]
     skip = set(map(id, no_decay))
     decay = [p for p in model.parameters() if p.requires_grad and id(p) not in skip]
-    optimizer = torch.optim.AdamW(
+    kind = SkippingAdamW if zero_stage(config) == 0 else torch.optim.AdamW
+    optimizer = kind(
         [{"params": decay, "weight_decay": train.weight_decay}, {"params": no_decay, "weight_decay": 0.0}],
         lr=train.learning_rate,
         betas=(train.adam_beta1, train.adam_beta2),
@@ -87,6 +106,8 @@ def build_engine(model: nn.Module, config: dict[str, Any], train: TrainConfig, t
         num_training_steps=total_steps,
     )
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=config)
+    engine.checkpoint_engine = CheckpointWriter()
+    engine._copy_recovery_script = lambda folder: None  # tools/export.py does that; a full disk would raise in it
     return engine
 
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
-from collections.abc import Iterator
+import sys
+import traceback
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +25,11 @@ class Group:
     rank: int
     world_size: int
     device: torch.device
+
+    @classmethod
+    def alone(cls) -> Group:
+        """This process without any other."""
+        return cls(0, 1, torch.device("cpu"))
 
     @property
     def is_main(self) -> bool:
@@ -35,6 +46,28 @@ class Group:
         """Wait for every rank."""
         if self.world_size > 1:
             dist.barrier()
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, in the order of ranks, on every rank. Small objects only."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def main_only(self, work: Callable[[], T]) -> T:
+        """What `work` gives on the main rank, on every rank; its ValueError is raised on every rank too."""
+        result: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                result[0] = work()
+            except ValueError as error:
+                result[1] = error
+        if self.world_size > 1:
+            dist.broadcast_object_list(result, src=0)
+        if result[1] is not None:
+            raise result[1]
+        return result[0]
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
@@ -79,6 +112,29 @@ def stop_group() -> None:
     """Leave the process group."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+@contextmanager
+def group_left_after() -> Iterator[None]:
+    """Leave the process group after the block.
+
+    A rank that fails ends at once: the others may wait for it in a collective for ever, and it would wait for them. Its
+    end is what makes the launcher end theirs.
+    """
+    try:
+        yield
+    except BaseException as error:
+        code = error.code if isinstance(error, SystemExit) else 1
+        if code and dist.is_initialized() and dist.get_world_size() > 1:
+            if not isinstance(error, SystemExit):
+                traceback.print_exc()
+            logging.shutdown()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code if isinstance(code, int) else 1)
+        stop_group()
+        raise
+    stop_group()
 
 
 def _free_port() -> int:

@@ -10,7 +10,6 @@ Shapes: B examples, T prompt positions, L layers, H hidden size.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -52,13 +51,11 @@ def generate_connected(
         mask = None
     # Beams and several returned sequences: generate repeats the prompts, so what was read is repeated here.
     repeats = _repeats(model, kwargs)
-    fuse = model.fuse_pass(english_LBH, anchors - start, mask)
-    fuse = replace(
-        fuse,
-        english_LBH=fuse.english_LBH.repeat_interleave(repeats, dim=1),
-        anchors=fuse.anchors.repeat_interleave(repeats),
-        noise=fuse.noise.repeat_interleave(repeats, dim=0),
-        mask=None if mask is None else mask.repeat_interleave(repeats),
+    fuse = model.fuse_pass(
+        english_LBH.repeat_interleave(repeats, dim=1),
+        (anchors - start).repeat_interleave(repeats),
+        input_ids.shape[1] - start,
+        None if mask is None else mask.repeat_interleave(repeats),
     )
     if cache is not None:
         cache.batch_repeat_interleave(repeats)

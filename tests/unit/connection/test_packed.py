@@ -1,0 +1,120 @@
+"""Packed batches equal padded ones, and no segment sees another."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import LAYERS, VOCAB, cc_model, tokenised_rows
+
+from cc_ds.connection import model as model_module
+from cc_ds.data.batches import CCCollator
+from cc_ds.data.packing import join, pack
+from cc_ds.models.arch import FAMILIES
+from cc_ds.models.attention import PACKED
+
+
+def _noise(rows: int) -> torch.Tensor:
+    return torch.randn(rows, LAYERS, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def _padded(model, rows, noise):
+    batch = {name: value for name, value in CCCollator(0)(rows).items() if torch.is_tensor(value)}
+    return model(**batch, gate_noise=noise)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_equal_to_padded(family, checkpointing, monkeypatch):
+    monkeypatch.setattr(model_module, "LOGITS_CHUNK", 7 * VOCAB)  # several chunks
+    rows, noise = tokenised_rows(), _noise(5)
+    connected = [0, 2, 3]
+    gradients, losses, choices = [], [], []
+    for packed in (False, True):
+        model = cc_model(family, dtype=torch.float64).train()
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        if packed:
+            model.set_attn_implementation(PACKED)
+            batch = pack(rows, pad_token_id=0)
+            assert batch.connected_rows.tolist() == connected
+            output = model(
+                packed=batch, gate_noise=noise[connected], num_items_in_batch=torch.tensor(len(batch.labels))
+            )
+            choices.append(output.choice)
+        else:
+            output = _padded(model, rows, noise)
+            choices.append(output.choice[connected])
+        output.loss.backward()
+        losses.append(output.loss.detach())
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    tolerance = 2e-6  # the stock loss is float32 whatever the model is
+    assert torch.equal(*choices)
+    torch.testing.assert_close(losses[1], losses[0], atol=tolerance, rtol=0)
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_changed_neighbour_moves_nothing(family):
+    rows = tokenised_rows()
+    model = cc_model(family, dtype=torch.float64)
+    model.set_attn_implementation(PACKED)
+
+    def losses(rows):
+        batch = pack(rows, pad_token_id=0)
+        hidden = {}
+        handle = model.get_decoder().register_forward_hook(
+            lambda m, a, output: hidden.update(h=output.last_hidden_state)
+        )
+        output = model(packed=batch, num_items_in_batch=torch.tensor(1.0))
+        handle.remove()
+        return hidden["h"][0].split(batch.target.lengths), output.english_activations
+
+    before, english_before = losses(rows)
+    changed = [dict(row) for row in rows]
+    changed[2]["input_ids"] = [3 + (token + 7) % (VOCAB - 3) for token in changed[2]["input_ids"]]
+    changed[2]["english_input_ids"] = [3 + (token + 7) % (VOCAB - 3) for token in changed[2]["english_input_ids"]]
+    after, english_after = losses(changed)
+    # Not bit for bit: a mixture of experts groups its products by how many tokens an expert has in all.
+    same = {"atol": 1e-12, "rtol": 1e-12}
+    for index in (0, 1, 3, 4):
+        torch.testing.assert_close(before[index], after[index], **same)
+    torch.testing.assert_close(english_before[:, [0, 2]], english_after[:, [0, 2]], **same)
+    assert (before[2] - after[2]).abs().max() > 0.1 and (english_before[:, 1] - english_after[:, 1]).abs().max() > 0.1
+
+
+def test_english_read_once_for_several_micro_batches():
+    """E of both micro-batches from one pass, gradients gathered on E, one English backward: the naive gradient."""
+    rows, noise = tokenised_rows(count=8), _noise(8)
+    halves = [pack(rows[:4], 0), pack(rows[4:], 0)]
+    items = torch.tensor(sum(len(half.labels) for half in halves))
+    naive = cc_model(dtype=torch.float64).train()
+    once = cc_model(dtype=torch.float64).train()
+    for model in (naive, once):
+        model.set_attn_implementation(PACKED)
+    counts = [len(half.connected_rows) for half in halves]
+    noises = noise[: sum(counts)].split(counts)
+    for half, part in zip(halves, noises, strict=True):
+        naive(packed=half, gate_noise=part, num_items_in_batch=items).loss.backward()
+
+    english = once(packed_english=join([half.english for half in halves])).english_activations
+    leaf = english.detach().requires_grad_()
+    for half, part, own in zip(halves, noises, leaf.split(counts, dim=1), strict=True):
+        once(packed=half, english_activations=own, gate_noise=part, num_items_in_batch=items).loss.backward()
+    english.backward(leaf.grad)
+    for name, parameter in naive.named_parameters():
+        torch.testing.assert_close(once.get_parameter(name).grad, parameter.grad, atol=1e-12, rtol=1e-9)
+
+
+def test_a_batch_without_english_carries_a_stand_in_that_changes_nothing():
+    rows = [row | {"english_input_ids": [], "english_anchor": 0} for row in tokenised_rows()]
+    model = cc_model(dtype=torch.float64).train()
+    model.set_attn_implementation(PACKED)
+    batch, plain = pack(rows, 0), pack(rows, 0, connect=False)
+    items = torch.tensor(len(batch.labels))
+    assert batch.connected.tolist() == [False] and plain.english is None
+    with_stand_in = model(packed=batch, num_items_in_batch=items)
+    assert torch.equal(with_stand_in.loss, model(packed=plain, num_items_in_batch=items).loss)
+    with_stand_in.loss.backward()
+    assert model.decision_maker.weight.grad.abs().max() == 0
