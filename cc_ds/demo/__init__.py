@@ -1,1 +1,1 @@
-"""The embedded default task: the Atlas, real facts in ten languages, and a tiny Llama made on the spot to learn them."""
+"""The embedded default task: the Atlas, real facts in ten languages, and a tiny Llama that learns them in minutes."""

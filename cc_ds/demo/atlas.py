@@ -5,14 +5,13 @@
       -> Split      which facts a target language may see: train, dev or test (English sees all of them)
       -> Atlas      rows: train, dev, test, warmup, pairs
 
-A fact is (relation, country) -> entity: the currency, the official language or the first day of the week of a country.
-It is the same in every language; only the names differ. The test asks in each target language about facts that the
-training rows state in English only, so a right answer has crossed from English. Nothing else about the answer is new:
-its name and the country's name both occur in training rows of that language, in other facts and in the dictionary
-(`name` rows, which are never held out). `currency` and `language` are tested, their answers being hard to guess;
-`weekday` has three answers in all and is there for breadth. `majority_baseline` is the floor a guesser reaches: the
-most frequent training answer of the relation, at most `max_per_answer` of the held-out facts of a relation by design
-(plus those where it is a second official language).
+A fact is (relation, country) -> entity: the currency, the official language or the region of a country. It is the same
+in every language; only the names differ. The test asks in each target language about facts that the training rows
+state in English only, so a right answer has crossed from English. Nothing else about the answer is new: a fact is held
+out only if at least two training facts have the same answer, and the dictionary has the country's name. Its `gloss`
+rows (English rows: what is this foreign name in English?) cover the countries, its `name` rows (what is this English
+name in your language?) the answers that facts share. `majority_baseline` is the floor that a guesser reaches; it is
+highest for currency, since most countries have one of their own and the rest share only a few.
 """
 
 from __future__ import annotations
@@ -31,19 +30,20 @@ from babel.core import get_global
 from cc_ds.demo.phrases import PHRASES, PHRASINGS
 
 LANGUAGES = ("ar", "de", "es", "hi", "ru", "sw", "th", "tr", "yo")
-TESTED = ("currency", "language", "region")
-MIN_TRAINING_FACTS = 2
+RELATIONS = ("currency", "language", "region")
+MIN_TRAINING_FACTS = 2  # with the same answer as a held-out fact
 SPLITS = ("train", "dev", "test", "warmup", "pairs")
 
-# By population, so that a smaller atlas keeps the best-known countries. Left out: small islands; Korea, whose two halves
-# bear each other's names in CLDR's Yoruba; Bulgaria, whose currency changed after CLDR's release; Norway, Sudan,
-# Bosnia, Montenegro and Palestine, where CLDR counts variants of a language or ties two main answers.
+# The order decides what a smaller atlas holds. First come well-known countries that share a currency, a language or a
+# region with several others, since only such facts can be held out; then the rest by population. Left out: small
+# islands; Korea, whose two halves bear each other's names in CLDR's Yoruba; Bulgaria, whose currency changed after this
+# CLDR; Norway, Sudan, Bosnia, Montenegro and Palestine, where CLDR counts variants of a language or ties two answers.
 COUNTRIES = tuple(
-    "IN CN US ID PK NG BR BD RU MX JP ET PH EG VN CD TR IR DE TH GB FR TZ ZA IT KE MM CO UG ES AR DZ IQ AF PL CA MA SA UZ "
-    "UA AO PE MY MZ GH YE NP VE MG CM CI AU NE LK BF ML RO SY MW CL KZ ZM GT EC NL SN KH TD SO ZW GN RW BJ BI TN BO HT BE "
-    "JO CU SS DO SE CZ HN GR PT AZ HU TJ IL AT BY AE PG CH TG SL LA RS KG LY PY NI SV CG SG DK SK CF LB LR FI MR IE OM NZ "
-    "CR KW PA HR GE ER UY MN JM AM QA AL LT GA LS GM NA MD BW SI LV MK GQ TT GW BH EE MU TL SZ DJ FJ CY KM BT GY LU SR CV "
-    "MT MV IS".split()
+    "US DE NG FR IN BR EG CI CM ES MX GB ET IT SN TZ AR TD PT RU BF KE CN NL ML DZ CO GA BE TR AO JP AT CG IQ PE NE "
+    "ZA GR EC PK BJ SA ID IE TG CD CF FI MA MZ BD CA SV GQ SY TH CL SK GH AU GW IR VN UG TL YE VE NZ PH MM AF PL UZ "
+    "UA MY NP MG LK RO MW KZ ZM GT KH SO ZW GN RW BI TN BO HT JO CU SS DO SE CZ HN AZ HU TJ IL BY AE PG CH SL LA RS "
+    "KG LY PY NI SG DK LB LR MR OM CR KW PA HR GE ER UY MN JM AM QA AL LT LS GM NA MD BW SI LV MK TT BH EE MU SZ DJ "
+    "FJ CY KM BT GY LU SR CV MT MV IS".split()
 )
 
 # The United Nations' M49 regions, by their CLDR codes. CLDR names them in every language; babel leaves out its table of
@@ -95,12 +95,15 @@ class World:
     names: dict[str, dict[Entity, str]]
     facts: tuple[Fact, ...]
     countries: tuple[Entity, ...]
-    answers: tuple[Entity, ...]  # main answers of the facts
+    shared_answers: tuple[Entity, ...]  # main answers of more than one fact
 
 
 @dataclass(frozen=True)
 class Atlas:
-    """Rows of each split. A row has instruction, output, lang, relation, fact, answers; target rows also instruction_en."""
+    """Rows of each split: instruction, output, lang, relation, fact, answers, and instruction_en in target languages.
+
+    `warmup` rows are without instruction_en, `pairs` rows are instruction, instruction_en, lang and fact alone.
+    """
 
     train: list[Row]
     dev: list[Row]
@@ -148,7 +151,7 @@ def _names(lang: str) -> dict[Entity, str]:
     }
 
 
-def load_world(languages: tuple[str, ...] = LANGUAGES, num_territories: int = 120) -> World:
+def load_world(languages: tuple[str, ...] = LANGUAGES, num_territories: int = 64) -> World:
     """The first `num_territories` of COUNTRIES and what CLDR says about them.
 
     A fact is kept when its main answer has a name in every language; further answers without one are dropped.
@@ -166,9 +169,10 @@ def load_world(languages: tuple[str, ...] = LANGUAGES, num_territories: int = 12
             named = tuple(answer for answer in found if all(answer in table for table in names.values()))
             if found and named[:1] == (found[0],):
                 facts.append(Fact(relation, country, named))
-        answers = sorted({fact.answers[0] for fact in facts})
+    uses = Counter(fact.answers[0] for fact in facts)
+    shared = sorted(answer for answer, count in uses.items() if count > 1)
     countries = [("territory", country) for country in COUNTRIES[:num_territories]]
-    return World(names, tuple(facts), tuple(countries), tuple(answers))
+    return World(names, tuple(facts), tuple(countries), tuple(shared))
 
 
 # ------------------------------------------------------------------------------------------------------------- splits
@@ -179,25 +183,27 @@ def split_facts(
 ) -> dict[str, str]:
     """Key of a fact -> "train", "dev" or "test": what the target languages may see of it.
 
-    Of each tested relation, `test_share` and `dev_share` of the facts, no more than `max_per_answer` of the test with the
-    same main answer: otherwise half the languages asked for would be English, French, Arabic or Spanish.
+    Of each relation `test_share` and `dev_share` of the facts, or fewer: in neither part is an entity a right answer to
+    more than `max_per_answer` facts, or half the languages asked for would be English and French; and
+    MIN_TRAINING_FACTS with the same answer stay in training.
     """
     facts = list(facts)
     split = {fact.key: "train" for fact in facts}
-    for relation in TESTED:
+    for relation in RELATIONS:
         candidates = [fact for fact in facts if fact.relation == relation]
-        quota = {"test": round(test_share * len(candidates)), "dev": round(dev_share * len(candidates))}
         left = Counter(fact.answers[0] for fact in candidates)
-        taken: Counter[Entity] = Counter()
         rng.shuffle(candidates)
-        for fact in candidates:
-            part = max(quota, key=lambda name: (quota[name] > 0, name == "dev"))
-            crowded = any(taken[answer] >= max_per_answer for answer in fact.answers)
-            if quota[part] and not crowded and left[fact.answers[0]] > MIN_TRAINING_FACTS:
-                quota[part] -= 1
-                split[fact.key] = part
-                left[fact.answers[0]] -= 1
-                taken.update(fact.answers if part == "test" else ())
+        for part, share in (("test", test_share), ("dev", dev_share)):
+            quota = round(share * len(candidates))
+            taken: Counter[Entity] = Counter()
+            for fact in candidates:
+                crowded = any(taken[answer] >= max_per_answer for answer in fact.answers)
+                spare = left[fact.answers[0]] > MIN_TRAINING_FACTS
+                if quota and spare and not crowded and split[fact.key] == "train":
+                    quota -= 1
+                    split[fact.key] = part
+                    left[fact.answers[0]] -= 1
+                    taken.update(fact.answers)
     return split
 
 
@@ -205,7 +211,7 @@ def split_facts(
 
 
 def fact_row(world: World, fact: Fact, lang: str, phrasing: int) -> Row:
-    """The fact asked and answered in `lang`, by template `phrasing`; a target row carries the parallel English question."""
+    """The fact asked and answered in `lang` by template `phrasing`; in target languages with the English question."""
     names, country = world.names[lang], ("territory", fact.country)
     answers = [names[answer] for answer in fact.answers]
     row: Row = {
@@ -253,61 +259,59 @@ def build_atlas(
     seed: int,
     languages: tuple[str, ...] = LANGUAGES,
     *,
-    num_territories: int = 120,
+    num_territories: int = 64,
     test_share: float = 0.25,
     dev_share: float = 0.05,
     max_per_answer: int = 3,
-    phrasings: int = 2,
-    warmup_english_share: float = 0.82,
-    warmup_repeats: int = 6,
-    gloss: int = 1, wgloss: int = 0, 
+    phrasings: int = 3,
+    test_phrasings: int = 2,
+    warmup_repeats: int = 3,
     num_pairs: int = 1200,
 ) -> Atlas:
     """All rows, the same on every machine for a seed (nothing here depends on hash order).
 
     train   English: every fact, held out or not, in all parallel phrasings, and the glosses. Target languages: the
-            training facts in `phrasings` of them, and the dictionary.
+            training facts, in `phrasings` of them, or in one if no other fact has the same answer; the dictionary.
     dev     the dev facts in every target language, one phrasing.
-    test    the test facts in every target language, one phrasing.
-    warmup  what makes the base model English-centric: all facts in the English phrasings that `train` does not use,
-            repeated until they and the glosses are `warmup_english_share` of the rows; the rest is the dictionary.
-    pairs   parallel prompts of training facts, for the Transform Matrix: instruction, instruction_en, lang.
+    test    the test facts in every target language, in `test_phrasings`.
+    warmup  what makes the base model English-centric: all facts in the English phrasings that `train` does not use, and
+            the glosses, `warmup_repeats` times; about a sixth of the rows is the dictionary.
+    pairs   parallel prompts of training facts, for the Transform Matrix: instruction, instruction_en, lang, fact.
     """
-    if not 1 <= phrasings <= PHRASINGS:
-        raise ValueError(f"atlas: phrasings is {phrasings}; it must be 1 to {PHRASINGS}")
+    for name, value in (("phrasings", phrasings), ("test_phrasings", test_phrasings)):
+        if not 1 <= value <= PHRASINGS:
+            raise ValueError(f"atlas: {name} is {value}; it must be 1 to {PHRASINGS}")
     world = load_world(languages, num_territories)
     rng = random.Random(seed)
     split = split_facts(world.facts, rng, test_share, dev_share, max_per_answer)
     parts: dict[str, list[Row]] = defaultdict(list)
     every_pair: list[Row] = []
-    for l, lang in enumerate(languages):
+    for shift, lang in enumerate(languages):
         for f, fact in enumerate(world.facts):
             part = split[fact.key]
-            for turn in _turns(f + l, 1 if part == "dev" else phrasings):
-                parts[part].append(fact_row(world, fact, lang, turn))
+            shared = fact.answers[0] in world.shared_answers
+            count = {"train": phrasings if shared else 1, "dev": 1, "test": test_phrasings}[part]
+            parts[part] += [fact_row(world, fact, lang, turn) for turn in _turns(f + shift, count)]
             if part == "train":
                 every_pair += [fact_row(world, fact, lang, turn) for turn in range(PHRASINGS)]
-        for e, entity in enumerate(world.answers):
-            parts["name"] += [name_row(world, entity, lang, turn) for turn in _turns(e + l, 1)]
+        for e, entity in enumerate(world.shared_answers):
+            parts["name"] += [name_row(world, entity, lang, turn) for turn in _turns(e + shift, PHRASINGS)]
         for e, entity in enumerate(world.countries):
-            parts["gloss"] += [gloss_row(world, entity, lang, turn) for turn in _turns(e + l, gloss)]
+            parts["gloss"] += [gloss_row(world, entity, lang, turn) for turn in _turns(e + shift, 1)]
     english = [fact_row(world, fact, "en", turn) for fact in world.facts for turn in range(2 * PHRASINGS)]
-    own = [row for i, row in enumerate(english) if i % (2 * PHRASINGS) < PHRASINGS]
-    base = [row for i, row in enumerate(english) if i % (2 * PHRASINGS) >= PHRASINGS]
-    train = parts["train"] + parts["name"] + parts["gloss"] + own
-    base = base * warmup_repeats + parts["gloss"] * wgloss
-    foreign = round(len(base) * (1 - warmup_english_share) / warmup_english_share)
-    warmup = base + rng.sample(parts["name"], min(foreign, len(parts["name"])))
-    rng.shuffle(train)
-    rng.shuffle(warmup)
-    rng.shuffle(every_pair)
+    parallel = [row for i, row in enumerate(english) if i % (2 * PHRASINGS) < PHRASINGS]
+    other = [row for i, row in enumerate(english) if i % (2 * PHRASINGS) >= PHRASINGS]
+    train = parallel + parts["gloss"] + parts["train"] + parts["name"][::PHRASINGS]
+    warmup = (other + parts["gloss"]) * warmup_repeats + parts["name"]
+    for rows in (train, warmup, every_pair):
+        rng.shuffle(rows)
     pairs = [{key: row[key] for key in ("instruction", "instruction_en", "lang", "fact")} for row in every_pair]
     plain = [{key: value for key, value in row.items() if key != "instruction_en"} for row in warmup]
     return Atlas(train, parts["dev"], parts["test"], plain, pairs[:num_pairs])
 
 
 def majority_baseline(atlas: Atlas) -> dict[str, float]:
-    """Exact match, per target language, of always giving the relation's most frequent training answer in that language."""
+    """Exact match, per target language, of always giving a relation's most frequent training answer."""
     seen: dict[tuple[object, object], Counter[object]] = defaultdict(Counter)
     for row in atlas.train:
         seen[row["lang"], row["relation"]][row["output"]] += 1

@@ -40,7 +40,7 @@ CHAT_TEMPLATE = (
 
 
 def _seeds(texts: list[str]) -> Counter[str]:
-    """Candidate pieces with their counts: every word (with SentencePiece's leading "▁") and every part of 2 to 4 letters.
+    """Candidate pieces with their counts: every word (with its leading "▁") and each part of 2 to 4 letters.
 
     SentencePiece's own candidates are strings that occur in two distinct words, so the words of a question template,
     each one distinct word however often it is written, would fall to pieces and a prompt would be twice as long.
@@ -125,12 +125,12 @@ def tiny_llama(
     seed: int,
     *,
     hidden_size: int = 192,
-    num_hidden_layers: int = 6,
+    num_hidden_layers: int = 4,
     num_attention_heads: int = 4,
     intermediate_size: int = 512,
     max_position_embeddings: int = 256,
 ) -> LlamaForCausalLM:
-    """A stock Llama in float32 with tied embeddings; `vocab_size` is len(tokenizer). The global RNG is left as found."""
+    """A stock Llama in float32 with tied embeddings; `vocab_size` is len(tokenizer). The global RNG stays as it was."""
     config = LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=hidden_size,
@@ -140,6 +140,7 @@ def tiny_llama(
         num_key_value_heads=num_attention_heads,
         max_position_embeddings=max_position_embeddings,
         tie_word_embeddings=True,
+        initializer_range=hidden_size**-0.5,  # the usual 0.02 is meant for wider models and learns far more slowly here
         pad_token_id=PAD_ID,
         bos_token_id=BOS_ID,
         eos_token_id=END_ID,
