@@ -1,5 +1,6 @@
 # make demo     the whole walk on an embedded task (SEEDS=3 for its spread)
 # make test     the tests
+# make test-slurm   the job scripts on a SLURM of two nodes, booted here (root; installs slurm-wlm by apt)
 # make lint     formatting and lint
 # Each makes .venv first; nothing else is needed but Python 3.10 or newer.
 
@@ -8,7 +9,7 @@ SEEDS ?= 1
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow test-slurm lint clean
 
 demo: $(VENV)/.ready
 	$(RUN) tools/demo.py --output demo_output --seeds $(SEEDS)
@@ -18,6 +19,10 @@ test: $(VENV)/.ready
 
 test-slow: $(VENV)/.ready
 	$(RUN) -m pytest -m slow
+
+test-slurm: $(VENV)/.ready
+	bash tests/slurm/install.sh
+	$(RUN) -m pytest -m slurm tests/slurm -rsP
 
 lint: $(VENV)/.ready
 	$(VENV)/bin/ruff check .

@@ -146,8 +146,8 @@ def find_checkpoint(
 ) -> Path | None:
     """The folder to resume from; with a group every rank must call it, and gets the same answer.
 
-    "latest" is the newest whole one: damaged ones are named and skipped. In a run that has none yet it is None, and the
-    run starts anew.
+    "latest" is the newest whole one: damaged newer ones are named and set aside as checkpoint-N.damaged-1. In a run
+    that has none yet it is None, and the run starts anew.
 
     Args:
         digests: read every file and compare its SHA-256 too, each rank its share; else names and sizes alone.
@@ -165,10 +165,9 @@ def find_checkpoint(
         if problem is None and digests:
             problem = digest_damage(path, group)
         if problem is None:
+            group.main_only(lambda: _set_aside(candidates[: len(problems)], problems))
             return path
         problems.append(f"{path}: {problem}")
-        if wanted == "latest" and group.is_main:
-            log.warning("%s: %s; skipped", path, problem)
     if not problems:
         return None
     if wanted == "latest":
@@ -240,6 +239,13 @@ def _digest(path: Path) -> str:
         while block := file.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
+
+
+def _set_aside(damaged: list[Path], problems: list[str]) -> None:
+    for path, problem in zip(damaged, problems):
+        aside = _free_name(path, "damaged")
+        path.rename(aside)
+        log.warning("%s; skipped, and kept as %s", problem, aside.name)
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -30,12 +30,16 @@ class CCConfig:
     """tau of the gate's softmax."""
     english_grad: bool = True
     """Whether the gradient reaches the English pass."""
+    english_dropout: float = 0.0
+    """Chance that a training row's English prompt is left out, so that the row passes as plain SFT. Ours, not the
+    paper's: a model that always has the real English prompt in training may come to need it."""
     anchor: Literal["last_prompt_token"] = "last_prompt_token"
     """Which prompt token the activations are taken at and fused into."""
 
     def __post_init__(self) -> None:
         _require(self.fuse_layer >= 0, "fuse_layer", self.fuse_layer, "0 or more")
         _require(self.temperature > 0, "temperature", self.temperature, "positive")
+        _require(0 <= self.english_dropout <= 1, "english_dropout", self.english_dropout, "between 0 and 1")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import copy
 import json
+import re
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cc_ds.config import CCConfig, from_dict
+from cc_ds.dist.consolidate import StoredTensor, stored_tensors
 from cc_ds.dist.zero import gathered
 
 CONNECTION_FILE = "cc_connection.safetensors"
@@ -146,3 +149,75 @@ def check_transform(transform: Tensor, num_layers: int, hidden_size: int) -> Non
             f"the transform has {bad} values that are NaN or Inf; fit it again with tools/fit_transform.py "
             f"and look at the activations it was fitted on"
         )
+
+
+def export_checkpoint(checkpoint: Path, folder: Path, max_shard_bytes: int) -> int:
+    """A checkpoint's weights as a model folder that plain transformers loads, shard by shard.
+
+    Args:
+        checkpoint: a checkpoint-N folder of a run.
+        folder: made if it is not there; must hold no weights yet.
+        max_shard_bytes: of a safetensors file; a single larger tensor gets a file of its own.
+
+    Returns:
+        The highest anonymous memory of this process, in bytes: one shard, whatever the model's size.
+
+    Raises:
+        ValueError: a checkpoint without its description or with damaged files, or a folder in use.
+    """
+    description = checkpoint / "model"
+    if not (description / "config.json").is_file():
+        raise ValueError(f"{checkpoint}: no model/config.json there; name a checkpoint-N folder of a run")
+    if any(folder.glob("*.safetensors")):
+        raise ValueError(f"{folder} holds weights already; name another --output")
+    stored_config = json.loads((description / "config.json").read_text(encoding="utf-8"))
+    dtype = getattr(torch, stored_config.get("dtype") or "float32")
+    tensors = stored_tensors(checkpoint / "engine")
+    shutil.copytree(description, folder, dirs_exist_ok=True)
+
+    decision_maker = [tensor for tensor in tensors if tensor.name == "decision_maker.weight"]
+    cc_config = from_dict(CCConfig, json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")), CONFIG_FILE)
+    write_connection(folder, cc_config, decision_maker[0].read().to(dtype), None)
+    shards = _plan_shards(
+        [tensor for tensor in tensors if tensor not in decision_maker], dtype.itemsize, max_shard_bytes
+    )
+    names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    names = ["model.safetensors"] if len(shards) == 1 else names
+    peak = 0
+    for name, shard in zip(names, shards):
+        loaded = {tensor.name: _as(tensor.read(), dtype) for tensor in shard}
+        peak = max(peak, _anonymous_memory())
+        save_file(loaded, folder / name, metadata={"format": "pt"})
+        del loaded
+    if len(shards) > 1:
+        weight_map = {tensor.name: name for name, shard in zip(names, shards) for tensor in shard}
+        total = sum(tensor.numel() for shard in shards for tensor in shard) * dtype.itemsize
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return peak
+
+
+def _plan_shards(tensors: list[StoredTensor], itemsize: int, max_bytes: int) -> list[list[StoredTensor]]:
+    shards: list[list[StoredTensor]] = [[]]
+    room = max_bytes
+    for tensor in tensors:
+        size = tensor.numel() * itemsize
+        if shards[-1] and size > room:
+            shards.append([])
+            room = max_bytes
+        shards[-1].append(tensor)
+        room -= size
+    return shards
+
+
+def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
+
+
+def _anonymous_memory() -> int:
+    """Bytes of this process that are not pages of a file, which the kernel can drop; 0 where it does not say."""
+    try:
+        text = Path("/proc/self/status").read_text(encoding="ascii")
+    except FileNotFoundError:
+        return 0
+    return int(re.search(r"RssAnon:\s+(\d+)", text)[1]) * 1024

@@ -6,8 +6,9 @@
 A cluster can start a job again while a rank of the former start still runs behind a cut network. Each start therefore
 claims the next generation, and a process that finds a newer one than its own stops without writing (`RunState.check`).
 
-States: running (also what a crash leaves behind), finished, preempted (stopped by USR1: start me again), stopped (asked
-to, by TERM or a stop_now file), error (a mistake that another start would repeat).
+States: running (also what a crash leaves behind), finished, preempted (by USR1: start me again), terminated (by TERM),
+stopped (by a stop_now file or stop_after_steps), error (a mistake that another start would repeat). All but running and
+error come after a checkpoint or the end.
 """
 
 from __future__ import annotations
@@ -63,7 +64,8 @@ class RunState:
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
-        if isinstance(error, (ValueError, OSError)) and not isinstance(error, StaleRunError):
+        mistakes = (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError)  # as in cli.run
+        if isinstance(error, mistakes) and not isinstance(error, StaleRunError):
             self.write("error", str(error))
 
 

@@ -28,7 +28,12 @@ from cc_ds.dist.signals import Request, Requests
 from cc_ds.run_state import RunState
 from cc_ds.telemetry import log, start_logging
 
-_STATES = {Request.NONE: "finished", Request.PREEMPT: "preempted", Request.STOP: "stopped"}
+_STATES = {
+    Request.NONE: "finished",
+    Request.PREEMPT: "preempted",
+    Request.TERMINATE: "terminated",
+    Request.STOP: "stopped",
+}
 
 
 def main(argv: list[str] | None = None) -> None:

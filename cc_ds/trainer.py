@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from cc_ds.checkpoint import load_checkpoint, save_checkpoint
 from cc_ds.config import Config
-from cc_ds.connection.decision import gumbel_noise_at, mix
+from cc_ds.connection.decision import gumbel_noise_at, mix, uniform_at
 from cc_ds.data.batches import BatchStream
 from cc_ds.data.packing import PackedBatch, join, pack
 from cc_ds.dist.engine import grad_norm
@@ -87,6 +87,7 @@ class Trainer:
         self.guard = Guard(group, train)
         self.watchdog = Watchdog(Path(train.output_dir) / "logs" / f"rank{group.rank}.log", train.step_timeout)
         self.flops_per_token = flops_per_token(engine.module, config.cc.english_grad)
+        self.english_dropout = config.cc.english_dropout
 
     # ---- one step ----
 
@@ -224,12 +225,16 @@ class Trainer:
 
     def _next_batch(self) -> tuple[PackedBatch, Tensor | None]:
         """This rank's next micro-batch on the device, and the gate's noise (K, L) for its rows with English."""
-        positions = self.stream.next_positions()
-        batch = pack(next(self.stream), self.pad_token_id, connect=self.train_config.method == "cc")
+        positions, seed = self.stream.next_positions(), self.train_config.seed
+        rows = next(self.stream)
+        if self.english_dropout:
+            draws = uniform_at(positions, seed)
+            rows = [row | {"english_input_ids": []} if u < self.english_dropout else row for row, u in zip(rows, draws)]
+        batch = pack(rows, self.pad_token_id, connect=self.train_config.method == "cc")
         if batch.english is None:
             return batch.to(self.group.device), None
         connected = [positions[row] for row in batch.connected_rows.tolist()]
-        noise = gumbel_noise_at(connected, self.num_layers, self.train_config.seed)
+        noise = gumbel_noise_at(connected, self.num_layers, seed)
         return batch.to(self.group.device), noise.to(self.group.device, non_blocking=True)
 
     def _count_labels(self, micro_batches: list[tuple[PackedBatch, Tensor | None]]) -> Tensor:

@@ -9,9 +9,8 @@ import argparse
 import sys
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
-    sys.path[0] = str(REPOSITORY)  # a file of tools/ must not shadow a library
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # a file of tools/ must not shadow a library
 
 from cc_ds import cli
 
@@ -23,7 +22,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     from cc_ds.demo.run import run_demo
 
-    configs = REPOSITORY / "configs"
+    configs = Path(__file__).resolve().parents[1] / "configs"
     report = run_demo(args.output, args.seeds, str(configs / "demo.yaml"), str(configs / "demo_warmup.yaml"))
     print(f"\nReport: {report}")
 

@@ -2,8 +2,8 @@
 
     srun --ntasks-per-node=1 python tools/health_check.py --gpus 8 --disk outputs/70b
 
-One process per node, with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set (slurm/common.sh does); alone, it checks this
-node. Rank 0 prints a line per node. Exit code 0: all well; 1: the nodes named are not, or did not answer.
+One process per node, with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set (slurm/common.sh does); alone, it checks
+this node. Rank 0 prints a line per node. Exit code 0: all well; 1: the nodes named are not, or did not answer.
 """
 
 from __future__ import annotations
@@ -48,10 +48,11 @@ def main(argv: list[str] | None = None) -> int:
             report["problems"].append(f"can't reach {address}:{port} ({_first_line(error)})")
             print_reports(reports)
             return 1
-        reports = collect(store, world_size) if rank == 0 else reports
-        problem = all_reduce(store, rank, world_size, wait, args.gpus > 0)
-        if problem is not None:
-            report["problems"].append(problem)
+        if rank == 0:
+            reports = [report, *collect(store, world_size)]
+        if len(reports) < world_size or not any("did not answer" in item["problems"] for item in reports):
+            problem = all_reduce(store, rank, world_size, wait, args.gpus > 0)
+            report["problems"] += [problem] if problem is not None else []
     if rank == 0 or report["problems"]:
         print_reports(reports)
     return int(any(item["problems"] for item in reports))
@@ -87,10 +88,10 @@ def check_node(gpus: int, memory_gib: float, folder: Path, disk_gib: float) -> l
 
 
 def collect(store: dist.TCPStore, world_size: int) -> list[dict]:
-    """What each node says; a node that says nothing in time is a problem of its own."""
+    """What each other node says; a node that says nothing in time is a problem of its own."""
     reports = []
     names = os.environ.get("NODE_NAMES", "").split()
-    for rank in range(world_size):
+    for rank in range(1, world_size):
         try:
             reports.append(json.loads(store.get(f"node{rank}")))
         except (RuntimeError, dist.DistError):

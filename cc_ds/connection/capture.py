@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from cc_ds.models.arch import Family, ffn_of, layers_of
+from cc_ds.ops import capture_row, collect_rows
 
 
 class Pass(Protocol):
@@ -59,6 +60,7 @@ class ReadPass:
 
     positions: Tensor
     last_layer: int
+    buffer_LKH: Tensor | None = None
     rows: dict[int, Tensor] = field(default_factory=dict)
 
     def on_layer0_input(self, hidden_BTH: Tensor) -> None:
@@ -68,15 +70,19 @@ class ReadPass:
         return take_rows(input_BTH, self.positions)[None] if layer == self.last_layer else None
 
     def on_ffn_output(self, layer: int, output_BTH: Tensor) -> Tensor | None:
-        row_KH = output_BTH[0] if layer == self.last_layer else take_rows(output_BTH, self.positions)
-        # At recomputation the same tensor comes again; the first one is the one in the graph.
-        self.rows.setdefault(layer, row_KH)
-        # Nobody reads what follows; zeros that broadcast keep the residual's shape.
-        return output_BTH.new_zeros(1, 1, output_BTH.shape[-1]) if layer == self.last_layer else None
+        last, hidden_size = layer == self.last_layer, output_BTH.shape[-1]
+        if layer not in self.rows:  # at recomputation the row is in the buffer, and in the graph
+            if self.buffer_LKH is None:
+                self.buffer_LKH = output_BTH.new_empty(self.last_layer + 1, self.positions.shape[0], hidden_size)
+            output_BTH, self.rows[layer] = capture_row(
+                output_BTH, None if last else self.positions, self.buffer_LKH, layer
+            )
+        # Nobody reads what follows the last layer; zeros that broadcast keep the residual's shape.
+        return output_BTH.new_zeros(1, 1, hidden_size) if last else output_BTH
 
     def activations(self) -> Tensor:
         """(L, K, H), in layer order."""
-        return torch.stack([self.rows[layer] for layer in sorted(self.rows)])
+        return collect_rows(self.buffer_LKH, [self.rows[layer] for layer in sorted(self.rows)])
 
 
 @dataclass(slots=True)

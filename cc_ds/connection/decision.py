@@ -63,6 +63,11 @@ def gumbel_noise_at(positions: Iterable[int], layers: int, seed: int) -> Tensor:
     return torch.cat(rows)
 
 
+def uniform_at(positions: Iterable[int], seed: int) -> list[float]:
+    """A number in [0, 1) for each position of the data stream, a function of (seed, position) alone."""
+    return [mix(seed, position, 1) / 2**63 for position in positions]
+
+
 def mix(*numbers: int) -> int:
     """A seed in [0, 2**63) from several numbers, the same on every machine."""
     digest = hashlib.sha256(" ".join(map(str, numbers)).encode()).digest()

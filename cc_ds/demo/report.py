@@ -71,7 +71,7 @@ Fitted on {results[0]["fit"]["fit"]["pairs"]} pairs of prompts about training fa
 ![fit](figures/transform.png)
 
 ## What is where
-- `cc-seed*-with-transform/`: the tuned model with its matrix (`cc_connection.safetensors`); plain transformers loads it.
+- `cc-seed*-with-transform/`: the tuned model with its matrix (`cc_connection.safetensors`), a stock checkpoint besides.
 - `sft-seed*/`: the rival. `base/`: where both began. `atlas/`: the rows. `results.json`: every figure.
 - Curves: `tensorboard --logdir {root}`
 """

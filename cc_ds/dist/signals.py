@@ -1,7 +1,7 @@
 """What someone outside asks of a running job, agreed on by all ranks at step boundaries.
 
     SIGUSR1               save a checkpoint and end: the job is about to be preempted or to reach its time limit
-    SIGTERM               save a checkpoint and end: the job is being cancelled
+    SIGTERM               save a checkpoint and end: the job is being cancelled, or a node is cleaned up
     output_dir/save_now   save a checkpoint and go on (touch the file; it is removed when seen)
     output_dir/stop_now   save a checkpoint and end
 
@@ -32,7 +32,8 @@ class Request(enum.IntEnum):
     NONE = 0
     SAVE = 1
     PREEMPT = 2
-    STOP = 3
+    TERMINATE = 3
+    STOP = 4
 
 
 class Requests:
@@ -76,7 +77,7 @@ class Requests:
         self._former = {}
 
     def _on_signal(self, number: int, frame) -> None:
-        request = Request.PREEMPT if number == signal.SIGUSR1 else Request.STOP
+        request = Request.PREEMPT if number == signal.SIGUSR1 else Request.TERMINATE
         self._signalled = max(self._signalled, request)
 
     def _look_at_files(self) -> Request:

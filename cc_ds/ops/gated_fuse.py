@@ -9,6 +9,12 @@
 
 Source: METHOD, steps 3 and 4 of "Training"; CC-Tuning (ACL 2025), section 3.
 
+    gated_fuse       functional; the one for torch.compile
+    gated_fuse_      adds in place where autograd allows it: nothing of size (B, T, H) is copied, forward or backward
+    gated_fuse_ref   the literal reference
+
+A call checks shapes, converts what is small, and runs the operators of library.py: kernels where they are built.
+
 Shapes: B examples, T target positions, L decoder layers, H hidden size.
 """
 
@@ -16,6 +22,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from cc_ds.ops.extension import say_if_reference
+from cc_ds.ops.library import define
+
+_InPlace = define("cc_ds")
 
 
 def gated_fuse(
@@ -46,11 +57,52 @@ def gated_fuse(
         fused (B, T, H) in the dtype of ffn_output; choice (B, L), the gate's values (all zero where mask is False),
         and logits (B, L), both float32 or wider. The choice carries no gradient.
 
+    Gradients reach ffn_output (handed through unchanged), english, embedding and weight, from fused and from logits.
+
     Raises:
-        ValueError: shapes that do not fit together, or a temperature that is not positive.
+        ValueError: shapes or dtypes that do not fit together, or a temperature that is not positive.
+        RuntimeError: on the CPU, an anchor outside [0, T). On CUDA, where nothing may wait for the device, such an
+            anchor stops the kernel, as torch's own indexing does.
     """
     _check(ffn_output, english, embedding, weight, noise, anchors, temperature, mask)
-    return gated_fuse_ref(ffn_output, english, embedding, weight, noise, anchors, temperature, hard, mask)
+    if _mixed(ffn_output, english, embedding, weight):
+        return gated_fuse_ref(ffn_output, english, embedding, weight, noise, anchors, temperature, hard, mask)
+    _announce(ffn_output)
+    fused, choice, logits, _ = torch.ops.cc_ds.gated_fuse(
+        ffn_output, english, embedding, weight, *_small(ffn_output, noise, anchors), mask, float(temperature), hard
+    )
+    return fused, choice, logits
+
+
+def gated_fuse_(
+    ffn_output: Tensor,
+    english: Tensor,
+    embedding: Tensor,
+    weight: Tensor,
+    noise: Tensor,
+    anchors: Tensor,
+    temperature: float = 1.0,
+    hard: bool = True,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`gated_fuse` for a caller that owns ffn_output and will not read it again.
+
+    ffn_output is changed, and returned as `fused`, where autograd allows that. It does not for a leaf that takes a
+    gradient, nor for a view of another tensor; those, mixed dtypes, and code under torch.compile get a copy. If
+    autograd still needs the old ffn_output for its backward, the backward raises, as for every in-place operation.
+    """
+    if not _may_change(ffn_output) or _mixed(ffn_output, english, embedding, weight):
+        return gated_fuse(ffn_output, english, embedding, weight, noise, anchors, temperature, hard, mask)
+    _check(ffn_output, english, embedding, weight, noise, anchors, temperature, mask)
+    _announce(ffn_output)
+    arguments = (
+        ffn_output, english, embedding, weight, *_small(ffn_output, noise, anchors), mask, float(temperature), hard
+    )  # fmt: skip
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (ffn_output, english, embedding, weight)):
+        fused, choice, logits, _ = _InPlace.apply(*arguments)
+        return fused, choice, logits
+    choice, logits, _ = torch.ops.cc_ds.gated_fuse_(*arguments)
+    return ffn_output, choice, logits
 
 
 def gated_fuse_ref(
@@ -86,6 +138,28 @@ def gated_fuse_ref(
     return fused, choice, logits
 
 
+def _may_change(ffn_output: Tensor) -> bool:
+    if torch.compiler.is_compiling():
+        return False
+    if not torch.is_grad_enabled():
+        return not ffn_output.requires_grad
+    return not (ffn_output._is_view() or (ffn_output.requires_grad and ffn_output.is_leaf))
+
+
+def _mixed(*tensors: Tensor) -> bool:
+    # The kernels are written for one dtype; parts of a model in several (torch.autocast) are rare, and rows small.
+    return any(tensor.dtype != tensors[0].dtype for tensor in tensors)
+
+
+def _small(ffn_output: Tensor, noise: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor]:
+    return noise.to(torch.promote_types(ffn_output.dtype, torch.float32)), anchors.to(torch.int64)
+
+
+def _announce(ffn_output: Tensor) -> None:
+    if not torch.compiler.is_compiling():
+        say_if_reference(ffn_output.device.type)
+
+
 def _check(ffn_output, english, embedding, weight, noise, anchors, temperature, mask) -> None:
     """Shapes only: values are on the device, and reading them would stop it."""
     if ffn_output.dim() != 3 or english.dim() != 3:
@@ -109,5 +183,19 @@ def _check(ffn_output, english, embedding, weight, noise, anchors, temperature, 
                 f"gated_fuse: {name} has shape {tuple(tensor.shape)}, expected {shape} "
                 f"(ffn_output {tuple(ffn_output.shape)}, english {tuple(english.shape)})"
             )
+    if layers == 0 or hidden == 0:
+        raise ValueError(f"gated_fuse: there is nothing to choose from in english {tuple(english.shape)}")
+    for name, tensor in {
+        "ffn_output": ffn_output,
+        "english": english,
+        "embedding": embedding,
+        "weight": weight,
+    }.items():
+        if not tensor.is_floating_point():
+            raise ValueError(f"gated_fuse: {name} must be floating point, not {tensor.dtype}")
+    if anchors.is_floating_point() or anchors.dtype == torch.bool:
+        raise ValueError(f"gated_fuse: anchors must be integers, not {anchors.dtype}")
+    if mask is not None and mask.dtype != torch.bool:
+        raise ValueError(f"gated_fuse: mask must be bool, not {mask.dtype}")
     if not temperature > 0:
         raise ValueError(f"gated_fuse: temperature must be positive, not {temperature}")

@@ -21,7 +21,9 @@ def requests(tmp_path, monkeypatch):
     made.close()
 
 
-@pytest.mark.parametrize(("number", "request_"), [(signal.SIGUSR1, Request.PREEMPT), (signal.SIGTERM, Request.STOP)])
+@pytest.mark.parametrize(
+    ("number", "request_"), [(signal.SIGUSR1, Request.PREEMPT), (signal.SIGTERM, Request.TERMINATE)]
+)
 def test_a_signal_stays(requests, number, request_):
     assert requests.poll() is Request.NONE
     os.kill(os.getpid(), number)
@@ -31,7 +33,7 @@ def test_a_signal_stays(requests, number, request_):
 def test_cancelling_counts_more_than_preemption(requests):
     os.kill(os.getpid(), signal.SIGTERM)
     os.kill(os.getpid(), signal.SIGUSR1)
-    assert requests.poll() is Request.STOP
+    assert requests.poll() is Request.TERMINATE
 
 
 @pytest.mark.parametrize(("name", "request_"), [("save_now", Request.SAVE), ("stop_now", Request.STOP)])

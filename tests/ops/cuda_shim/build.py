@@ -1,0 +1,43 @@
+"""Builds the CUDA source for the CPU: as torch operators, or as a program for the sanitizers."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import torch
+from torch.utils.cpp_extension import include_paths
+
+SHIM = Path(__file__).parent
+CSRC = SHIM.parent.parent.parent / "cc_ds" / "ops" / "csrc"
+KERNELS = CSRC / "cuda" / "kernels.cu"
+COMPILER = shutil.which("g++")
+NO_COMPILER = "there is no g++ here to compile the CUDA source for the CPU with"
+
+_FLAGS = [
+    "-std=c++20",
+    "-Wall",
+    "-Wno-unknown-pragmas",
+    "-Wno-attributes",
+    "-DTORCH_TARGET_VERSION=0x020d000000000000",
+]
+
+
+def compile_to(output: Path, sources: list[Path], flags: list[str], kernels_folder: Path = CSRC / "cuda") -> Path:
+    """Run g++ with the shim in place of the CUDA toolkit; a .cu file counts as C++ with shim.h before it."""
+    includes = [f"-I{folder}" for folder in (SHIM, kernels_folder, CSRC, *include_paths("cpu"))]
+    ordered = []
+    for source in sources:
+        ordered += ["-x", "c++", str(source)]
+    command = [COMPILER, *_FLAGS, *flags, *includes, "-include", "shim.h", *ordered, "-x", "none", "-o", str(output)]
+    if "-shared" in flags:
+        command += [f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu", "-lc10"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr}"
+    return output
+
+
+def operators(folder: Path) -> Path:
+    """A shared library that implements the operators of the namespace cc_ds_shim on CPU tensors."""
+    return compile_to(folder / "shim.so", [KERNELS, SHIM / "binding.cpp"], ["-O1", "-fPIC", "-shared"])

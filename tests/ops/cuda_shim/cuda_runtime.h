@@ -1,0 +1,3 @@
+// Found in place of the CUDA toolkit's header of this name.
+#pragma once
+#include "shim.h"
