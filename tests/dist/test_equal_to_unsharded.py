@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, get_scheduler
 
 from cc_ds import CCConfig, CCModelForCausalLM
-from cc_ds.connection.decision import gumbel_noise_at
+from cc_ds.connection.decision import gumbel_noise_at, uniform_at
 from cc_ds.data.batches import BatchStream, CCCollator
 from cc_ds.data.tokenise import load_tokenised
 
@@ -26,7 +26,8 @@ def _cases() -> list[dict]:
         for grad, checkpointing in itertools.product([True, False], repeat=2)
     ]
     others = [{"stage": stage, "english_grad": True, "checkpointing": False, "method": "cc"} for stage in (0, 2)]
-    return [*three, *others, {"stage": 3, "english_grad": True, "checkpointing": True, "method": "sft"}]
+    dropout = three[0] | {"english_dropout": 0.5}
+    return [*three, *others, dropout, {"stage": 3, "english_grad": True, "checkpointing": True, "method": "sft"}]
 
 
 def _name(case: dict) -> str:
@@ -47,7 +48,8 @@ def sharded_runs(base_command, tmp_path_factory):
             *base_command, "--output_dir", str(folder / _name(case)), "--max_steps", str(STEPS), "--deepspeed",
             str(config), "--per_device_train_batch_size", str(ROWS_PER_RANK), "--gradient_accumulation_steps",
             str(ACCUMULATION), "--english_grad", str(case["english_grad"]), "--gradient_checkpointing",
-            str(case["checkpointing"]), "--method", case["method"], "--seed", str(SEED),
+            str(case["checkpointing"]), "--method", case["method"], "--seed", str(SEED), "--english_dropout",
+            str(case.get("english_dropout", 0.0)),
         ])  # fmt: skip
     (folder / "commands.json").write_text(json.dumps(commands), encoding="utf-8")
     torchrun("tests/dist/worker.py", str(folder / "commands.json"))
@@ -75,8 +77,13 @@ def _unsharded(case: dict, model_folder, rows_file, cache) -> tuple[list[float],
     schedule = get_scheduler("cosine", optimizer, num_warmup_steps=1, num_training_steps=STEPS)
     losses, norms = [], []
     for _ in range(STEPS):
-        noise = gumbel_noise_at(stream.next_positions(), 3, SEED)
-        batch = {name: value for name, value in collate(next(stream)).items() if torch.is_tensor(value)}
+        positions = stream.next_positions()
+        noise, draws = gumbel_noise_at(positions, 3, SEED), uniform_at(positions, SEED)
+        rows_of_step = [
+            row | {"english_input_ids": []} if draw < case.get("english_dropout", 0.0) else row
+            for row, draw in zip(next(stream), draws, strict=True)
+        ]
+        batch = {name: value for name, value in collate(rows_of_step).items() if torch.is_tensor(value)}
         if case["method"] == "cc":
             batch["gate_noise"] = noise
         loss = model(**batch).loss
