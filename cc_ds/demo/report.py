@@ -52,7 +52,9 @@ Took {seconds / 60:.1f} minutes on {platform.machine()}, {platform.system()}.
 {_verdict(results)}
 
 - *floor*: always the most frequent training answer.
-- *CC-Tuning*: the tuned model reads the target prompt alone; English activations come from the fitted matrix.
+- *CC-Tuning*: the tuned model reads the target prompt alone; English activations come from the fitted matrix. In
+  training, half of the rows lose their English prompt at random (`english_dropout: 0.5`): this model, tuned for many
+  epochs, otherwise comes to need the real one.
 - *no connection*: the same weights, connection left out.
 - *real English*: connected to the real English prompt, which a user does not have: the upper bound.
 
