@@ -28,6 +28,8 @@ say() { echo "$(date '+%F %T') $*"; }
 
 start_job() {
     [ -n "${SLURM_JOB_ID:-}" ] || { echo "submit this with sbatch, from the repository's root" >&2; exit 2; }
+    asked_early=
+    trap 'asked_early=1' USR1   # until run_ranks; unhandled, it would end this shell
     cd "${SLURM_SUBMIT_DIR}" || exit 2
     [ -f cc_ds/train.py ] || { echo "submit from the repository's root (no cc_ds/train.py in $PWD)" >&2; exit 2; }
 
@@ -95,6 +97,7 @@ check_health() {
 }
 
 run_ranks() {
+    [ -n "$asked_early" ] && { say "USR1 before the ranks started"; requeue; }
     (launch --output="$logs/rank%t-%N.log" -- bash -c "$as_rank" rank "$@") &
     srun_pid=$!
     # The batch shell gets USR1 (--signal=B:USR1@N) and hands it to the ranks, which agree on a step, save and end. It

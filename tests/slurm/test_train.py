@@ -50,6 +50,22 @@ def test_usr1_requeues_and_goes_on(cluster, settings, undisturbed, tmp_path):
     assert same_weights(job, undisturbed)
 
 
+def test_a_time_limit(cluster, settings, tmp_path):
+    """USR1 as SLURM itself sends it, early enough to save; the next start goes on from there."""
+    job = cluster.submit(
+        SCRIPT, tmp_path / "run", *settings, "--max_steps", "100000", "--save_steps", "0",
+        options=("--time=00:03:00", "--signal=B:USR1@60"),
+    )  # fmt: skip
+    job.until(lambda: job.show()["Restarts"] == "1", "a restart", 240)
+    saved = job.state()["step"]
+    assert (job.output_dir / f"checkpoint-{saved:06d}/complete.json").exists() and "requeueing" in job.said()
+    job.until(lambda: f"at step {saved}/100000" in (job.output_dir / "logs/rank0.log").read_text(), "its resumption")
+    (job.output_dir / "stop_now").touch()
+    assert job.end()["JobState"] == "COMPLETED", job.everything()
+    assert job.state()["state"] == "stopped"
+    print("SEEN time limit:", [line for line in job.said().splitlines() if line.startswith("20")])
+
+
 def test_a_killed_rank(cluster, settings, undisturbed, tmp_path):
     job = cluster.submit(SCRIPT, tmp_path / "run", *settings)
     job.until_checkpoint(40)
@@ -92,10 +108,10 @@ def test_a_partition(cluster, settings, undisturbed, tmp_path):
 def test_scancel(cluster, settings, undisturbed, tmp_path):
     job = cluster.submit(SCRIPT, tmp_path / "run", *settings)
     job.until(lambda: len(read(job)) >= 5, "25 steps")
+    begin = time.monotonic()
     os.system(f"scancel {job.number}")
     job.end()
     assert job.show()["JobState"] == "CANCELLED"
-    begin = time.monotonic()
     while job.state()["state"] != "terminated" and time.monotonic() < begin + 30:
         time.sleep(0.5)
     assert job.state()["state"] == "terminated", job.everything()
