@@ -60,8 +60,10 @@ def load_model(args: argparse.Namespace) -> tuple[CCModelForCausalLM, Any, Templ
 
     from cc_ds import CCModelForCausalLM
     from cc_ds.data.templates import load_template
+    from cc_ds.dist.group import choose_accelerator
     from cc_ds.export import check_model_folder
 
+    choose_accelerator()
     check_model_folder(args.model)
     try:
         tokenizer = AutoTokenizer.from_pretrained(args.model)

@@ -159,7 +159,8 @@ def _plot_scores(results: Results, arms: list[str], floor: dict[str, float], pat
     axes.set_xticks(places + 0.4 - width / 2, languages)
     axes.set_ylabel("exact match, %")
     axes.set_title("Facts that training states in English only (dotted: most frequent answer)")
-    axes.legend(fontsize="small", ncols=2)
+    axes.set_ylim(top=1.25 * axes.get_ylim()[1])  # room for the legend
+    axes.legend(fontsize="small", ncols=2, loc="upper center")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
@@ -197,6 +198,7 @@ def _plot_gate(results: Results, path: Path) -> None:
     figure, axes = plt.subplots(figsize=(6, 3.2), layout="constrained")
     image = axes.imshow(shares, aspect="auto", vmin=0, cmap="viridis")
     axes.set_yticks(range(len(languages)), languages)
+    axes.set_xticks(range(shares.shape[1]))
     axes.set_xlabel("layer")
     figure.colorbar(image, label="share of rows")
     figure.savefig(path, dpi=120)

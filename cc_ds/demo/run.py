@@ -23,7 +23,7 @@ from cc_ds.data.templates import load_template
 from cc_ds.demo.atlas import Atlas, build_atlas, majority_baseline, write_atlas
 from cc_ds.demo.report import write_report
 from cc_ds.demo.tiny import save_tiny, tiny_llama, train_tokenizer
-from cc_ds.dist.group import stop_group
+from cc_ds.dist.group import choose_accelerator, stop_group
 from cc_ds.eval.run import evaluate, write_json
 from cc_ds.eval.tasks import load_task
 from cc_ds.transform.run import fit_model, save_fitted
@@ -78,6 +78,7 @@ def run_demo(root: str | Path, seeds: int, config: str, warmup_config: str) -> P
     if seeds < 1:
         raise ValueError(f"SEEDS must be 1 or more, not {seeds}")
     started = time.perf_counter()
+    choose_accelerator()
     paths = DemoPaths(Path(root))
     _make_empty(paths.root)
     logging.getLogger("cc_ds").setLevel(logging.INFO)

@@ -79,6 +79,12 @@ class Group:
             self.barrier()
 
 
+def choose_accelerator() -> None:
+    """Tell DeepSpeed, which transformers may import, that there is no GPU; else it says so on stdout, as a warning."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
 def start_group() -> Group:
     """Join the process group that the launcher's environment describes, or form one of this process alone.
 
@@ -92,8 +98,7 @@ def start_group() -> Group:
     if missing:
         raise ValueError(f"RANK is set but {', '.join(missing)} is not: start with deepspeed, torchrun or srun")
     on_gpu = torch.cuda.is_available()
-    if not on_gpu:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    choose_accelerator()
     import deepspeed
 
     if not on_gpu:
