@@ -1,6 +1,8 @@
 # make demo     the whole walk on an embedded task (SEEDS=3 for its spread)
 # make test     the tests
-# make test-slurm   the job scripts on a SLURM of two nodes, booted here (root; installs slurm-wlm by apt)
+# make test-slow   the kernels under sanitizers, with planted bugs, and what happens under faults
+# make test-gpu    the CUDA kernels, where there is a GPU
+# make test-slurm  the job scripts on a SLURM of two nodes, booted here (root; installs slurm-wlm by apt)
 # make lint     formatting and lint
 # Each makes .venv first; nothing else is needed but Python 3.10 or newer.
 
@@ -9,7 +11,7 @@ SEEDS ?= 1
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test test-slow test-slurm lint clean
+.PHONY: demo test test-slow test-gpu test-slurm lint clean
 
 demo: $(VENV)/.ready
 	$(RUN) tools/demo.py --output demo_output --seeds $(SEEDS)
@@ -19,6 +21,9 @@ test: $(VENV)/.ready
 
 test-slow: $(VENV)/.ready
 	$(RUN) -m pytest -m slow
+
+test-gpu: $(VENV)/.ready
+	$(RUN) -m pytest -m gpu tests/ops/test_gpu.py
 
 test-slurm: $(VENV)/.ready
 	bash tests/slurm/install.sh
