@@ -143,6 +143,7 @@ def read_rows(
 
 
 def open_sources(paths: str | Path | Sequence[str | Path], split: str = "train") -> list[Source]:
+    """The sources behind one or several paths or data set names. ValueError: none is named, or one can't be opened."""
     paths = [paths] if isinstance(paths, str | Path) else list(paths)
     if not paths:
         raise ValueError("No data source is named: give at least one file, folder or data set.")

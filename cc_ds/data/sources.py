@@ -81,6 +81,7 @@ def open_source(path: str | Path, split: str = "train") -> Source:
 
 
 def digest_of_file(file: Path) -> str:
+    """SHA-256 of a file's bytes, in hex."""
     digest = hashlib.sha256()
     with open(file, "rb") as stream:
         while block := stream.read(1 << 20):
@@ -89,6 +90,7 @@ def digest_of_file(file: Path) -> str:
 
 
 def digest_of_folder(folder: Path) -> str:
+    """SHA-256 over the names and digests of all files below a folder, in hex; the order of listing does not matter."""
     parts = [
         f"{file.relative_to(folder)} {digest_of_file(file)}" for file in sorted(folder.rglob("*")) if file.is_file()
     ]

@@ -4,6 +4,7 @@ nothing had happened. What a cluster adds (nodes, time limits, requeue) is in te
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -207,11 +208,9 @@ def wait(process: subprocess.Popen, holds) -> None:
     """Until something holds, while the process runs."""
     end = time.monotonic() + 120
     while True:
-        try:
+        with contextlib.suppress(FileNotFoundError):  # of what is still to be written
             if holds():
                 return
-        except FileNotFoundError:
-            pass  # not written yet
         assert process.poll() is None and time.monotonic() < end
         time.sleep(0.1)
 
