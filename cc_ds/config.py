@@ -97,11 +97,14 @@ class TrainConfig:
     deepspeed: str | None = None
     """A DeepSpeed configuration (ds_configs/); "auto" values are filled in from here. None: ZeRO 0."""
     per_device_train_batch_size: int = 8
-    """Rows per micro-batch and rank."""
+    """Rows per micro-batch and rank, on average: rows are dealt to ranks and micro-batches by what they cost."""
     per_device_eval_batch_size: int = 8
     """The same, for the evaluation loss."""
     gradient_accumulation_steps: int = 1
     """Micro-batches per step."""
+    max_tokens_per_micro_batch: int = 0
+    """Target tokens that a micro-batch may have; a step then has as few micro-batches as that takes, whatever
+    gradient_accumulation_steps says beyond the rows of a step. 0: no limit."""
     num_train_epochs: float = 1.0
     """Epochs; max_steps wins when given."""
     max_steps: int = -1
@@ -159,7 +162,14 @@ class TrainConfig:
             _require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
         for name in ("learning_rate", "num_train_epochs"):
             _require(getattr(self, name) > 0, name, getattr(self, name), "positive")
-        zero_or_more = ("eval_steps", "save_steps", "save_keep_every", "stop_after_steps", "max_grad_norm")
+        zero_or_more = (
+            "max_tokens_per_micro_batch",
+            "eval_steps",
+            "save_steps",
+            "save_keep_every",
+            "stop_after_steps",
+            "max_grad_norm",
+        )
         guards = ("weight_decay", "step_timeout", "max_skipped_steps", "loss_spike")
         for name in (*zero_or_more, *guards):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from cc_ds.data.dealing import RowCost
 from cc_ds.data.packing import PackedBatch
 from cc_ds.dist.group import Group
 
@@ -103,7 +104,7 @@ class Window:
         self.group = group
         self.languages = list(languages)
         self.index = {language: position for position, language in enumerate(self.languages)}
-        self.sums = torch.zeros(6, dtype=torch.float64, device=group.device)
+        self.sums = torch.zeros(5, dtype=torch.float64, device=group.device)
         self.choices = torch.zeros(len(self.languages), num_layers, dtype=torch.float64, device=group.device)
         self.reset()
 
@@ -111,26 +112,30 @@ class Window:
         """Start a new window."""
         self.sums.zero_()
         self.choices.zero_()
-        self.steps = 0
+        self.steps = self.english_tokens = 0
         self.started = time.perf_counter()
 
     @torch.no_grad()
     def add_batch(self, output: CCOutput, batch: PackedBatch) -> None:
         """A micro-batch: its share of the step's loss, its tokens, and what the gate chose."""
-        english_tokens = connected = 0
-        entropy = ratio = 0.0
+        connected = entropy = ratio = 0.0
         if output.choice is not None:
-            mask, english_tokens = batch.connected, sum(batch.english.lengths)
+            mask = batch.connected
             connected = mask.sum()
             probabilities = torch.softmax(output.decision_logits, dim=-1)
             entropy_K = -(probabilities * probabilities.clamp_min(1e-30).log()).sum(dim=-1)
             entropy = torch.where(mask, entropy_K, 0.0).sum()
             ratio = torch.where(mask, output.fusion_ratio, 0.0).sum()
             self.choices.index_add_(0, self._language_rows(batch), output.choice.to(self.choices.dtype))
-        values = (output.loss.detach(), sum(batch.target.lengths), english_tokens, connected, entropy, ratio)
+        values = (output.loss.detach(), sum(batch.target.lengths), connected, entropy, ratio)
         sums = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=self.sums.device) for v in values])
         # A batch whose loss is not finite is skipped (guard.py); it must not hide the others of its window.
         self.sums += torch.nan_to_num(sums, nan=0.0, posinf=0.0, neginf=0.0)
+
+    def add_step(self, english_tokens: int, applied: bool) -> None:
+        """A step that read so many English tokens on this rank, and whether it changed the weights."""
+        self.english_tokens += english_tokens
+        self.steps += applied
 
     def _language_rows(self, batch: PackedBatch) -> Tensor:
         """(K,): the row of `choices` that each connected example counts in."""
@@ -140,7 +145,8 @@ class Window:
     def read(self) -> dict[str, Any]:
         """The window's figures over all ranks. Every rank must call it."""
         seconds = time.perf_counter() - self.started
-        loss, tokens, english_tokens, connected, entropy, ratio = self.group.sum(self.sums.clone()).tolist()
+        sums = torch.cat([self.sums, self.sums.new_tensor([self.english_tokens])])
+        loss, tokens, connected, entropy, ratio, english_tokens = self.group.sum(sums).tolist()
         values: dict[str, Any] = {
             "loss": loss / max(self.steps, 1),
             "tokens_per_second": tokens / seconds,
@@ -165,6 +171,15 @@ def flops_per_token(model, english_grad: bool) -> tuple[float, float]:
     weights = {id(p): getattr(p, "ds_numel", p.numel()) for p in model.parameters()}
     layers = sum(weights.values()) - sum(weights[key] for key in {id(embedding), id(head)})
     return 6.0 * (layers + weights[id(head)]), (6.0 if english_grad else 2.0) * layers
+
+
+def row_cost(model, english_grad: bool) -> RowCost:
+    """What a row costs this model in training: FLOPs as above, and a causal triangle of scores per layer."""
+    config = model.config
+    heads = config.num_attention_heads
+    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    pair = 2.0 * width * config.num_hidden_layers  # QK^T and AV, 2 FLOPs each, half the square
+    return RowCost(*flops_per_token(model, english_grad), 3 * pair, (3 if english_grad else 1) * pair)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -2,6 +2,8 @@
 
     packed micro-batches -> English pass of them all -> target pass, loss, backward of each -> English backward -> step
 
+What a step reads is feed.py's matter.
+
 The loss of a step is the sum over its target tokens, of all micro-batches and ranks, divided by their number.
 """
 
@@ -19,16 +21,16 @@ from tqdm import tqdm
 
 from cc_ds.checkpoint import load_checkpoint, save_checkpoint
 from cc_ds.config import Config
-from cc_ds.connection.decision import gumbel_noise_at, mix, uniform_at
-from cc_ds.data.batches import BatchStream
-from cc_ds.data.packing import PackedBatch, join, pack
+from cc_ds.connection.decision import mix
+from cc_ds.data.packing import Packed, pack
 from cc_ds.dist.engine import grad_norm
 from cc_ds.dist.group import Group
 from cc_ds.dist.signals import Request, Requests
 from cc_ds.dist.watchdog import Watchdog
+from cc_ds.feed import StepFeed
 from cc_ds.guard import Guard, poison_if_not_finite
 from cc_ds.run_state import RunState
-from cc_ds.telemetry import Telemetry, Window, flops_per_token, log, peak_flops, peak_memory_bytes
+from cc_ds.telemetry import Telemetry, Window, flops_per_token, log, peak_flops, peak_memory_bytes, row_cost
 
 
 class EnglishPass:
@@ -39,20 +41,18 @@ class EnglishPass:
     single micro-batch, the model reads the English prompts in the same forward, which is the same.
     """
 
-    def __init__(self, engine, micro_batches: list[tuple[PackedBatch, Tensor | None]]) -> None:
+    def __init__(self, engine, english: Packed | None) -> None:
+        """`english`: the prompts of all micro-batches; None where there is nothing to read in a pass of its own."""
+        self.activations: Tensor | None = None
         self.needs_backward = False
-        self.activations: list[Tensor | None] = [None] * len(micro_batches)
-        english = [batch.english for batch, _ in micro_batches]
-        if len(micro_batches) == 1 or english[0] is None:
-            return
-        self.whole_LKH = engine(packed_english=join(english)).english_activations
-        self.needs_backward = self.whole_LKH.requires_grad
-        self.leaf_LKH = self.whole_LKH.detach().requires_grad_(self.needs_backward)
-        self.activations = list(self.leaf_LKH.split([len(part.lengths) for part in english], dim=1))
+        if english is not None:
+            self.whole_LUH = engine(packed_english=english).english_activations
+            self.needs_backward = self.whole_LUH.requires_grad
+            self.activations = self.whole_LUH.detach().requires_grad_(self.needs_backward)
 
     def surrogate_loss(self) -> Tensor:
         """A scalar whose gradient at E is the one that the micro-batches left there."""
-        return (self.whole_LKH * self.leaf_LKH.grad).sum()
+        return (self.whole_LUH * self.activations.grad).sum()
 
 
 class Trainer:
@@ -77,34 +77,32 @@ class Trainer:
         self.eval_rows, self.pad_token_id = eval_rows, pad_token_id
         self.step = 0
         self.total_steps = count_steps(config, len(train_rows), group.world_size)
-        self.stream = BatchStream(
-            train_rows, train.per_device_train_batch_size, group.rank, group.world_size, seed=train.seed
-        )
-        languages = sorted(set(train_rows["lang"]))
-        self.num_layers = engine.module.config.num_hidden_layers
-        self.window = Window(group, languages, self.num_layers)
+        self.flops_per_token = flops_per_token(engine.module, config.cc.english_grad)
+        layers = engine.module.config.num_hidden_layers
+        cost = row_cost(engine.module, config.cc.english_grad)
+        self.feed = StepFeed(train_rows, group, config, pad_token_id, layers, cost)
+        self.window = Window(group, sorted(set(train_rows["lang"])), layers)
         self.telemetry: Telemetry | None = None
         self.guard = Guard(group, train)
         self.watchdog = Watchdog(Path(train.output_dir) / "logs" / f"rank{group.rank}.log", train.step_timeout)
-        self.flops_per_token = flops_per_token(engine.module, config.cc.english_grad)
-        self.english_dropout = config.cc.english_dropout
 
     # ---- one step ----
 
     def train_step(self) -> None:
-        """One optimiser step over `gradient_accumulation_steps` micro-batches."""
+        """One optimiser step over the feed's next rows."""
         engine, ranks = self.engine, self.group.world_size
         # Dropout is a function of (seed, step, rank), so that a resumed run draws what the other would have drawn.
         torch.manual_seed(mix(self.train_config.seed, self.step, self.group.rank))
-        micro_batches = [self._next_batch() for _ in range(self.train_config.gradient_accumulation_steps)]
-        target_tokens = self._count_labels(micro_batches)
-        english = EnglishPass(engine, micro_batches)
+        step = next(self.feed)
+        target_tokens = self.group.sum(torch.tensor(step.labels, device=self.group.device))  # no host waits for it
+        english = EnglishPass(engine, step.english)
         losses = []
-        for number, (batch, noise) in enumerate(micro_batches):
-            engine.set_gradient_accumulation_boundary(number == len(micro_batches) - 1 and not english.needs_backward)
+        for number, (batch, noise) in enumerate(step.micro_batches, start=1):
+            last = number == len(step.micro_batches) and not english.needs_backward
+            engine.set_gradient_accumulation_boundary(last)
             output = engine(
                 packed=batch,
-                english_activations=english.activations[number],
+                english_activations=english.activations,
                 gate_noise=noise,
                 num_items_in_batch=target_tokens,
             )
@@ -120,8 +118,8 @@ class Trainer:
         engine.step()
         self.step += 1
         applied = engine.was_step_applied()
-        self.window.steps += applied
-        self.guard.after_step(self.step, applied, losses, [row for batch, _ in micro_batches for row in batch.sources])
+        self.window.add_step(step.english_tokens, applied)
+        self.guard.after_step(self.step, applied, losses, step.sources)
 
     # ---- the loop ----
 
@@ -161,6 +159,7 @@ class Trainer:
         if self.step == self.total_steps:
             self.log_evaluation()
         self.telemetry.close()
+        self.feed.close()
         self.watchdog.stop()
         return request if self.step < self.total_steps else Request.NONE
 
@@ -188,7 +187,7 @@ class Trainer:
 
     def save(self) -> None:
         """A checkpoint at this step."""
-        state = {"step": self.step, "data": self.stream.state_dict(), "seed": self.train_config.seed}
+        state = {"step": self.step, "data": self.feed.state_dict(), "seed": self.train_config.seed}
         path = save_checkpoint(
             self.engine,
             self.group,
@@ -212,7 +211,7 @@ class Trainer:
         if state["seed"] != self.train_config.seed:
             raise ValueError(f"{path} was written with seed {state['seed']}, this run has {self.train_config.seed}")
         self.step = self.run.step = state["step"]
-        self.stream.load_state_dict(state["data"])
+        self.feed.load_state_dict(state["data"])
         log.info("resumed from %s at step %d/%d", path, self.step, self.total_steps)
 
     # ---- small parts ----
@@ -222,25 +221,6 @@ class Trainer:
 
     def _logs_after_this_step(self) -> bool:
         return (self.step + 1) % self.train_config.logging_steps == 0 or self.step + 1 == self.total_steps
-
-    def _next_batch(self) -> tuple[PackedBatch, Tensor | None]:
-        """This rank's next micro-batch on the device, and the gate's noise (K, L) for its rows with English."""
-        positions, seed = self.stream.next_positions(), self.train_config.seed
-        rows = next(self.stream)
-        if self.english_dropout:
-            draws = uniform_at(positions, seed)
-            rows = [row | {"english_input_ids": []} if u < self.english_dropout else row for row, u in zip(rows, draws)]
-        batch = pack(rows, self.pad_token_id, connect=self.train_config.method == "cc")
-        if batch.english is None:
-            return batch.to(self.group.device), None
-        connected = [positions[row] for row in batch.connected_rows.tolist()]
-        noise = gumbel_noise_at(connected, self.num_layers, seed)
-        return batch.to(self.group.device), noise.to(self.group.device, non_blocking=True)
-
-    def _count_labels(self, micro_batches: list[tuple[PackedBatch, Tensor | None]]) -> Tensor:
-        """Target tokens of the step over all micro-batches and ranks; the host does not wait for it."""
-        count = sum(len(batch.labels) for batch, _ in micro_batches)
-        return self.group.sum(torch.tensor(count, device=self.group.device))
 
     def _eval_batches(self) -> Iterator[tuple[list[dict[str, Any]], bool]]:
         """This rank's rows and whether they count. Every rank gives equally many batches, as each runs both passes."""

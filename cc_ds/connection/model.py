@@ -215,7 +215,7 @@ class CCModelForCausalLM:
             gate_noise: (B, L); None: Gumbel(0, 1) in training mode, zeros in evaluation mode.
             packed: a packed batch in place of the tensors above; what training runs (see `packed_forward`).
             packed_english: packed English prompts alone: E and nothing else, for several micro-batches at once.
-            english_activations: (L, K, H), E of a packed batch that was read before.
+            english_activations: (L, U, H), E of the prompts that `packed.english_of` counts, read before.
             kwargs: for the stock forward; `num_items_in_batch` makes the loss a sum divided by it.
 
         Raises:
@@ -249,7 +249,7 @@ class CCModelForCausalLM:
         return _with_connection(output, current)
 
     def _packed_forward(
-        self, packed: PackedBatch, english_LKH: Tensor | None, noise: Tensor | None, num_items_in_batch: Tensor
+        self, packed: PackedBatch, english_LUH: Tensor | None, noise: Tensor | None, num_items_in_batch: Tensor
     ) -> CCOutput:
         """The loss of a packed batch: its labels' cross-entropy, summed and divided by `num_items_in_batch`.
 
@@ -257,10 +257,10 @@ class CCModelForCausalLM:
         """
         current = None
         if packed.english is not None:
-            if english_LKH is None:
-                english_LKH = self._read_packed(packed.english)
+            english_LUH = self._read_packed(packed.english)
+        if english_LUH is not None:
             anchors = packed.target.anchors[packed.connected_rows]
-            current = self._fuse_pass(english_LKH, anchors, packed.connected, noise)
+            current = self._fuse_pass(english_LUH[:, packed.english_of], anchors, packed.connected, noise)
         with self.hooks.during(current):
             hidden_1TH = self._decode(packed.target)
         loss = self._labelled_loss(hidden_1TH[0, packed.label_positions], packed.labels) / num_items_in_batch

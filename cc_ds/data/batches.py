@@ -1,8 +1,8 @@
-"""From tokenised rows to the tensors of one micro-batch, in an order that survives a change of machine.
+"""Which rows a step has, in an order that survives a change of machine; and padded tensors of them.
 
-`BatchStream` deals rows to ranks: one endless sequence, a fresh permutation per epoch, of which every rank takes its
-slice. Its whole state is the number of rows dealt so far, so a run resumes in the middle of an epoch on any number of
-ranks. `CCCollator` pads the rows it was dealt into tensors.
+`BatchStream` is one endless sequence of rows, a fresh permutation per epoch, cut into the batches of one optimiser step
+each. Its whole state is the number of rows dealt so far, so a run resumes in the middle of an epoch on any number of
+ranks. Which rank reads which rows of a step is dealing.py's matter. `CCCollator` pads rows into tensors.
 
     B rows, T target length, T_en English length
 """
@@ -67,26 +67,21 @@ class CCCollator:
 
 
 class BatchStream:
-    """An endless, deterministic stream of micro-batches for one rank; `next()` gives a list of `batch_size` rows.
+    """An endless, deterministic stream of steps, the same on every rank; `next()` gives a list of `batch_size` rows.
 
     Epoch e orders the rows by a permutation drawn from a generator of its own, seeded by (seed, e); the epochs stand
-    one after another. Global micro-batch k holds the rows from `position = k * world_size * batch_size` on, and rank
-    r its r-th slice. A batch may reach over the end of an epoch. `position` counts the rows dealt to all ranks so
-    far; resumed with another world size or batch size the stream goes on at the same row, so none is seen twice and
-    none left out.
+    one after another. A step holds the `batch_size` rows from `position` on, over all ranks and micro-batches, and may
+    reach over the end of an epoch. Resumed with another batch size the stream goes on at the same row, so none is seen
+    twice and none left out.
     """
 
-    def __init__(
-        self, dataset: Any, batch_size: int, rank: int = 0, world_size: int = 1, seed: int = 0, position: int = 0
-    ) -> None:
+    def __init__(self, dataset: Any, batch_size: int, seed: int = 0, position: int = 0) -> None:
         if len(dataset) == 0:
             raise ValueError("the data set is empty: there is nothing to train on.")
-        if batch_size < 1 or not 0 <= rank < world_size or position < 0:
-            raise ValueError(f"impossible stream: {batch_size=}, {rank=}, {world_size=}, {position=}.")
+        if batch_size < 1 or position < 0:
+            raise ValueError(f"impossible stream: {batch_size=}, {position=}.")
         self.dataset = dataset
         self.batch_size = batch_size
-        self.rank = rank
-        self.world_size = world_size
         self.seed = seed
         self.position = position
         self._epoch = -1
@@ -96,19 +91,20 @@ class BatchStream:
         return self
 
     def __next__(self) -> list[dict[str, Any]]:
-        return [self.dataset[index] for index in self.next_indices()]
-
-    def next_indices(self) -> list[int]:
-        """Indices into the data set of this rank's next micro-batch; moves the position on by the global
-        micro-batch."""
         positions = self.next_positions()
-        self.position += self.world_size * self.batch_size
-        return [self._index_at(position) for position in positions]
+        self.position += self.batch_size
+        return [self.dataset[self.index_at(position)] for position in positions]
 
     def next_positions(self) -> range:
-        """Positions in the stream of the rows that `next()` will give this rank."""
-        first = self.position + self.rank * self.batch_size
-        return range(first, first + self.batch_size)
+        """Positions in the stream of the rows of the next step."""
+        return range(self.position, self.position + self.batch_size)
+
+    def index_at(self, position: int) -> int:
+        """The index in the data set of the row at a position of the stream."""
+        epoch, offset = divmod(position, len(self.dataset))
+        if epoch != self._epoch:
+            self._epoch, self._permutation = epoch, _permutation(len(self.dataset), self.seed, epoch)
+        return self._permutation[offset]
 
     @property
     def epoch(self) -> float:
@@ -129,12 +125,6 @@ class BatchStream:
                     f"would be repeated or left out. Restore the former {'seed' if name == 'seed' else 'data'}."
                 )
         self.position = state["position"]
-
-    def _index_at(self, position: int) -> int:
-        epoch, offset = divmod(position, len(self.dataset))
-        if epoch != self._epoch:
-            self._epoch, self._permutation = epoch, _permutation(len(self.dataset), self.seed, epoch)
-        return self._permutation[offset]
 
 
 def _permutation(rows: int, seed: int, epoch: int) -> list[int]:

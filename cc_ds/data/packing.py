@@ -2,12 +2,15 @@
 
     rows -> Packed(English prompts), Packed(target rows), labels, who is connected to whom
 
-Shapes: B target rows of T tokens in all, K English prompts of T_en tokens in all, N labelled tokens.
+One English prompt often stands beside several target rows, one per language: it is read once.
+
+Shapes: B target rows of T tokens in all, K of them connected, to U different English prompts of T_en tokens in all;
+N labelled tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -32,7 +35,11 @@ class Packed:
 
     def to(self, device: torch.device) -> Packed:
         """The same on a device."""
-        return _to(self, device)
+        return _map(self, lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Packed:
+        """The same in pinned memory, from which a GPU copies while the host goes on."""
+        return _map(self, Tensor.pin_memory)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +53,14 @@ class PackedBatch:
     labels: Tensor
     """(N,) int64: those tokens."""
     connected_rows: Tensor
-    """(K,) int64: which target row each English prompt belongs to."""
+    """(K,) int64: the target rows that have an English prompt."""
     connected: Tensor
     """(K,) bool: False for a stand-in, which a batch without any English prompt carries so that every rank runs both
     passes."""
+    english_of: Tensor | slice
+    """Which English prompt each connected row has: (K,) int64, or a slice where they are simply in order."""
     english: Packed | None
-    """The K English prompts; None for plain SFT."""
+    """The U English prompts; None for plain SFT, and where they are read together with other batches' (`share`)."""
     langs: tuple[str, ...]
     """Each target row's language."""
     sources: tuple[str, ...]
@@ -59,7 +68,11 @@ class PackedBatch:
 
     def to(self, device: torch.device) -> PackedBatch:
         """The same on a device."""
-        return _to(self, device)
+        return _map(self, lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> PackedBatch:
+        """The same in pinned memory, from which a GPU copies while the host goes on."""
+        return _map(self, Tensor.pin_memory)
 
 
 def pack(rows: Sequence[dict[str, Any]], pad_token_id: int, connect: bool = True) -> PackedBatch:
@@ -72,35 +85,55 @@ def pack(rows: Sequence[dict[str, Any]], pad_token_id: int, connect: bool = True
     labels[0] = IGNORED
     label_positions = torch.nonzero(labels[1:] != IGNORED).squeeze(1)
     with_english = [index for index, row in enumerate(rows) if row["english_input_ids"]] if connect else []
-    english, connected = None, torch.ones(len(with_english), dtype=torch.bool)
+    english, connected, english_of = None, torch.ones(len(with_english), dtype=torch.bool), slice(0, 0)
     if connect:
-        if with_english:
-            prompts = [rows[index]["english_input_ids"] for index in with_english]
-            english = _segments(prompts, [rows[index]["english_anchor"] for index in with_english])
-        else:
-            with_english, connected = [0], torch.zeros(1, dtype=torch.bool)
-            english = _segments([[pad_token_id]], [0])
+        prompts = [(tuple(rows[index]["english_input_ids"]), rows[index]["english_anchor"]) for index in with_english]
+        if not prompts:
+            with_english, connected, prompts = [0], torch.zeros(1, dtype=torch.bool), [((pad_token_id,), 0)]
+        english, english_of = _distinct(prompts)
     return PackedBatch(
         target=target,
         label_positions=label_positions,
         labels=labels[1:][label_positions],
         connected_rows=torch.tensor(with_english, dtype=torch.int64),
         connected=connected,
+        english_of=english_of,
         english=english,
         langs=tuple(row["lang"] for row in rows),
         sources=tuple(row["source"] for row in rows),
     )
 
 
-def join(parts: Sequence[Packed]) -> Packed:
-    """Several packed sequences as one."""
-    offsets = torch.tensor([0, *(part.input_ids.shape[1] for part in parts)]).cumsum(0)
-    return Packed(
-        input_ids=torch.cat([part.input_ids for part in parts], dim=1),
-        position_ids=torch.cat([part.position_ids for part in parts], dim=1),
-        anchors=torch.cat([part.anchors + int(offset) for part, offset in zip(parts, offsets)]),
-        lengths=tuple(length for part in parts for length in part.lengths),
-    )
+def share(batches: Sequence[PackedBatch]) -> tuple[Packed, list[PackedBatch]]:
+    """The English prompts of several batches, for one pass over them all, and the batches without their own."""
+    prompts, counts = [], []
+    for batch in batches:
+        own = batch.english
+        ids = own.input_ids[0].split(own.lengths)
+        starts = torch.tensor([0, *own.lengths]).cumsum(0)[:-1]
+        each = [(tuple(i.tolist()), anchor) for i, anchor in zip(ids, (own.anchors - starts).tolist(), strict=True)]
+        order = torch.arange(len(each))[batch.english_of].tolist()
+        prompts += [each[index] for index in order]
+        counts.append(len(order))
+    english, english_of = _distinct(prompts)
+    order = torch.arange(len(english.lengths))[english_of].split(counts)
+    return english, [
+        replace(batch, english=None, english_of=_as_slice(part)) for batch, part in zip(batches, order, strict=True)
+    ]
+
+
+def _distinct(prompts: Sequence[tuple[tuple[int, ...], int]]) -> tuple[Packed, Tensor | slice]:
+    """(token ids, anchor) of K prompts -> the U different ones, packed, and which of them each is."""
+    number = {prompt: index for index, prompt in enumerate(dict.fromkeys(prompts))}
+    order = torch.tensor([number[prompt] for prompt in prompts])
+    return _segments([ids for ids, _ in number], [anchor for _, anchor in number]), _as_slice(order)
+
+
+def _as_slice(order: Tensor) -> Tensor | slice:
+    """A slice where indices run in order: what it selects is a view, not a copy."""
+    first = int(order[0])
+    in_order = torch.equal(order, torch.arange(first, first + len(order)))
+    return slice(first, first + len(order)) if in_order else order
 
 
 def _segments(sequences: Sequence[Sequence[int]], anchors: Sequence[int]) -> Packed:
@@ -114,11 +147,12 @@ def _segments(sequences: Sequence[Sequence[int]], anchors: Sequence[int]) -> Pac
     )
 
 
-def _to(item, device: torch.device):
+def _map(item, change: Callable[[Tensor], Tensor]):
+    """The same dataclass with every tensor in it changed."""
     values = {each.name: getattr(item, each.name) for each in fields(item)}
-    moved = {
-        name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value.to(device)
+    changed = {
+        name: change(value) if isinstance(value, Tensor) else _map(value, change)
         for name, value in values.items()
         if isinstance(value, (Tensor, Packed))
     }
-    return replace(item, **moved)
+    return replace(item, **changed)

@@ -11,9 +11,13 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, get_scheduler
 
 from cc_ds import CCConfig, CCModelForCausalLM
+from cc_ds.config import Config, DataConfig, ModelConfig, TrainConfig
 from cc_ds.connection.decision import gumbel_noise_at, uniform_at
 from cc_ds.data.batches import BatchStream, CCCollator
+from cc_ds.data.dealing import RowCost
 from cc_ds.data.tokenise import load_tokenised
+from cc_ds.dist.group import Group
+from cc_ds.feed import StepFeed
 
 from .conftest import read_metrics, torchrun
 
@@ -27,7 +31,8 @@ def _cases() -> list[dict]:
     ]
     others = [{"stage": stage, "english_grad": True, "checkpointing": False, "method": "cc"} for stage in (0, 2)]
     dropout = three[0] | {"english_dropout": 0.5}
-    return [*three, *others, dropout, {"stage": 3, "english_grad": True, "checkpointing": True, "method": "sft"}]
+    budgets = [others[0] | {"stage": stage, "max_tokens": 16} for stage in (0, 2, 3)]
+    return [*three, *others, dropout, *budgets, {"stage": 3, "english_grad": True, "checkpointing": True, "method": "sft"}]
 
 
 def _name(case: dict) -> str:
@@ -49,7 +54,7 @@ def sharded_runs(base_command, tmp_path_factory):
             str(config), "--per_device_train_batch_size", str(ROWS_PER_RANK), "--gradient_accumulation_steps",
             str(ACCUMULATION), "--english_grad", str(case["english_grad"]), "--gradient_checkpointing",
             str(case["checkpointing"]), "--method", case["method"], "--seed", str(SEED), "--english_dropout",
-            str(case.get("english_dropout", 0.0)),
+            str(case.get("english_dropout", 0.0)), "--max_tokens_per_micro_batch", str(case.get("max_tokens", 0)),
         ])  # fmt: skip
     (folder / "commands.json").write_text(json.dumps(commands), encoding="utf-8")
     torchrun("tests/dist/worker.py", str(folder / "commands.json"))
@@ -113,9 +118,16 @@ def test_some_ranks_held_no_english_rows(model_folder, rows_file, tmp_path):
     """What the cases above claim to cover: a micro-batch of one rank without English beside one with."""
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     rows, _ = load_tokenised(rows_file, tokenizer, "plain", max_length=32, cache_dir=tmp_path)
-    streams = [BatchStream(rows, ROWS_PER_RANK, rank, 2, seed=SEED) for rank in range(2)]
+    train = TrainConfig(
+        output_dir="unused", per_device_train_batch_size=ROWS_PER_RANK, gradient_accumulation_steps=ACCUMULATION
+    )
+    config = Config(
+        cc=CCConfig(), model=ModelConfig(model_name_or_path=""), data=DataConfig(train_file=("",)), train=train
+    )
+    cost = RowCost(1.0, 1.0, 0.0, 0.0)
+    feeds = [StepFeed(rows, Group(rank, 2, torch.device("cpu")), config, 0, 3, cost) for rank in range(2)]
     uneven = 0
-    for _ in range(STEPS * ACCUMULATION):
-        has_english = [any(row["english_input_ids"] for row in next(stream)) for stream in streams]
-        uneven += has_english[0] != has_english[1]
+    for _ in range(STEPS):
+        for first, second in zip(*(next(feed).micro_batches for feed in feeds), strict=True):
+            uneven += bool(first[0].connected.all()) != bool(second[0].connected.all())
     assert uneven >= 2

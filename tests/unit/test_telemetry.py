@@ -24,7 +24,7 @@ def test_window_against_sums_by_hand():
     output = model(packed=batch, num_items_in_batch=1)
     window = Window(ALONE, ["hi", "sw", "yo"], LAYERS)
     window.add_batch(output, batch)
-    window.steps = 1
+    window.add_step(sum(batch.english.lengths), applied=True)
     values = window.read()
 
     probabilities = torch.softmax(output.decision_logits, dim=1)
@@ -57,7 +57,7 @@ def test_a_window_without_english_says_nothing_of_the_gate():
     batch = pack(tokenised_rows(), 0, connect=False)
     window = Window(ALONE, ["sw"], LAYERS)
     window.add_batch(model(packed=batch, num_items_in_batch=1), batch)
-    window.steps = 1
+    window.add_step(0, applied=True)
     assert set(window.read()) == {"loss", "tokens_per_second", "english_tokens_per_second"}
 
 

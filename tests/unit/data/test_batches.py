@@ -78,21 +78,18 @@ def test_collator_faults():
         CCCollator(0, pad_to_multiple_of=0)
 
 
-def deal(rows, batch_size, world_size, steps, seed=0, state=None):
-    """What all ranks get in `steps` global micro-batches, in the order of global positions; and the state after."""
-    streams = [BatchStream(range(rows), batch_size, rank, world_size, seed) for rank in range(world_size)]
-    for stream in streams:
-        if state is not None:
-            stream.load_state_dict(state)
-    dealt = [next(stream) for _ in range(steps) for stream in streams]
-    states = [stream.state_dict() for stream in streams]
-    assert all(other == states[0] for other in states)
-    return list(itertools.chain.from_iterable(dealt)), states[0]
+def take(rows, batch_size, steps, seed=0, state=None):
+    """What `steps` steps get, in order; and the state after."""
+    stream = BatchStream(range(rows), batch_size, seed)
+    if state is not None:
+        stream.load_state_dict(state)
+    taken = [next(stream) for _ in range(steps)]
+    return list(itertools.chain.from_iterable(taken)), stream.state_dict()
 
 
-def test_ranks_together_see_each_row_once_an_epoch():
-    dealt, state = deal(rows=24, batch_size=2, world_size=3, steps=8)
-    first, second = dealt[:24], dealt[24:]
+def test_each_row_once_an_epoch():
+    taken, state = take(rows=24, batch_size=6, steps=8)
+    first, second = taken[:24], taken[24:]
     assert sorted(first) == sorted(second) == list(range(24))
     assert first != second
     assert first != list(range(24))
@@ -100,43 +97,41 @@ def test_ranks_together_see_each_row_once_an_epoch():
 
 
 def test_batches_reach_over_the_end_of_an_epoch():
-    dealt, _ = deal(rows=10, batch_size=4, world_size=2, steps=5)
-    assert [sorted(dealt[start : start + 10]) for start in range(0, 40, 10)] == [list(range(10))] * 4
+    taken, _ = take(rows=10, batch_size=8, steps=5)
+    assert [sorted(taken[start : start + 10]) for start in range(0, 40, 10)] == [list(range(10))] * 4
 
 
-def test_fewer_rows_than_one_global_batch():
-    dealt, _ = deal(rows=3, batch_size=4, world_size=2, steps=3)
-    assert [sorted(dealt[start : start + 3]) for start in range(0, 24, 3)] == [[0, 1, 2]] * 8
+def test_fewer_rows_than_one_step():
+    taken, _ = take(rows=3, batch_size=8, steps=3)
+    assert [sorted(taken[start : start + 3]) for start in range(0, 24, 3)] == [[0, 1, 2]] * 8
 
 
-@pytest.mark.parametrize(
-    ("batch_size", "world_size", "steps"), [(2, 3, 6), (1, 2, 18), (4, 1, 9), (3, 4, 3), (6, 1, 6)]
-)
-def test_resume_in_the_middle_of_an_epoch_on_another_machine(batch_size, world_size, steps):
-    whole, _ = deal(rows=17, batch_size=2, world_size=3, steps=12)
-    before, state = deal(rows=17, batch_size=2, world_size=3, steps=6)
-    after, _ = deal(rows=17, batch_size=batch_size, world_size=world_size, steps=steps, state=state)
+@pytest.mark.parametrize(("batch_size", "steps"), [(12, 3), (2, 18), (4, 9), (36, 1)])
+def test_resume_in_the_middle_of_an_epoch_with_another_batch_size(batch_size, steps):
+    whole, _ = take(rows=17, batch_size=6, steps=12)
+    before, state = take(rows=17, batch_size=6, steps=6)
+    after, _ = take(rows=17, batch_size=batch_size, steps=steps, state=state)
     assert before + after == whole
 
 
 def test_order_follows_seed_and_epoch_alone():
-    dealt, _ = deal(rows=50, batch_size=5, world_size=1, steps=10)
+    taken, _ = take(rows=50, batch_size=5, steps=10)
     torch.manual_seed(123)
-    assert deal(rows=50, batch_size=5, world_size=1, steps=10)[0] == dealt
-    assert deal(rows=50, batch_size=5, world_size=1, steps=10, seed=1)[0] != dealt
+    assert take(rows=50, batch_size=5, steps=10)[0] == taken
+    assert take(rows=50, batch_size=5, steps=10, seed=1)[0] != taken
 
 
 def test_the_global_generator_is_left_alone():
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
-    deal(rows=20, batch_size=2, world_size=2, steps=10)
+    take(rows=20, batch_size=4, steps=10)
     assert torch.equal(torch.rand(3), expected)
 
 
 def test_position_given_and_epoch():
-    stream = BatchStream(range(10), 3, rank=1, world_size=2, position=6)
-    other = BatchStream(range(10), 3, rank=1, world_size=2)
+    stream = BatchStream(range(10), 6, position=6)
+    other = BatchStream(range(10), 6)
     next(other)
     assert next(stream) == next(other)
     assert stream.epoch == 1.2
@@ -151,11 +146,7 @@ def test_resume_with_other_data_or_seed_is_refused():
 
 
 def test_impossible_streams():
-    for options in (
-        {"batch_size": 0},
-        {"batch_size": 1, "rank": 2, "world_size": 2},
-        {"batch_size": 1, "position": -1},
-    ):
+    for options in ({"batch_size": 0}, {"batch_size": 1, "position": -1}):
         with pytest.raises(ValueError, match="impossible stream"):
             BatchStream(range(3), **options)
     with pytest.raises(ValueError, match="empty"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from tiny_models import tokenised_rows
 
-from cc_ds.data.packing import join, pack
+from cc_ds.data.packing import pack, share
 
 
 def test_tokens_positions_and_anchors():
@@ -57,10 +57,37 @@ def test_plain_sft_and_a_batch_without_english():
     assert stand_in.english.input_ids.tolist() == [[9]] and stand_in.connected.tolist() == [False]
 
 
-def test_join():
-    parts = [pack(tokenised_rows(seed), 0).english for seed in range(3)]
-    whole = join(parts)
-    ids = whole.input_ids[0]
-    assert ids.tolist() == [token for part in parts for token in part.input_ids[0].tolist()]
-    assert torch.equal(ids[whole.anchors], torch.cat([part.input_ids[0][part.anchors] for part in parts]))
-    assert sum(whole.lengths) == len(ids) == whole.position_ids.shape[1]
+def _prompts(english, english_of) -> list[list[int]]:
+    """The token ids of the prompt that each connected row reads; its anchor is checked on the way."""
+    ids = [part.tolist() for part in english.input_ids[0].split(english.lengths)]
+    assert [english.input_ids[0, anchor].item() for anchor in english.anchors] == [part[-1] for part in ids]
+    assert english.position_ids[0].tolist() == [t for part in ids for t in range(len(part))]
+    return [ids[index] for index in torch.arange(len(ids))[english_of].tolist()]
+
+
+def _with_twins() -> list[dict]:
+    """Rows of which the first, third and sixth have one English prompt."""
+    rows = tokenised_rows(count=8)
+    twin = {name: rows[0][name] for name in ("english_input_ids", "english_anchor")}
+    return [row | twin if index in (2, 5) else row for index, row in enumerate(rows)]
+
+
+def test_an_english_prompt_of_several_rows_is_packed_once():
+    rows = _with_twins()
+    batch = pack(rows, 0)
+    wanted = [row["english_input_ids"] for row in rows if row["english_input_ids"]]
+    assert _prompts(batch.english, batch.english_of) == wanted
+    assert len(batch.english.lengths) == len(wanted) - 2
+    assert isinstance(pack(rows[3:], 0).english_of, slice)  # nothing twice there: a view will do
+
+
+def test_share_reads_the_prompts_of_several_batches_once():
+    rows = _with_twins()
+    parts = [rows[:4], rows[4:7], [rows[1]]]
+    batches = [pack(part, 9) for part in parts]
+    english, shared = share(batches)
+    wanted = [[row["english_input_ids"] for row in part if row["english_input_ids"]] or [[9]] for part in parts]
+    assert [_prompts(english, batch.english_of) for batch in shared] == wanted
+    assert len(english.lengths) == len({tuple(prompt) for part in wanted for prompt in part})
+    assert all(batch.english is None for batch in shared)
+    assert [batch.connected.all().item() for batch in shared] == [True, True, False]

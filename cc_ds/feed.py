@@ -1,0 +1,145 @@
+"""What a step reads: its rows dealt to the ranks, packed, with the gate's noise; prepared while the one before it runs.
+
+    positions of the stream -> rows of this rank, by cost (data/dealing.py) -> packed micro-batches -> the device
+
+Everything random is a function of (seed, position in the stream), so it is the same on any number of ranks, in any
+number of micro-batches, and after a resume.
+
+Shapes: K connected rows of a micro-batch, L layers.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import Dataset
+from torch import Tensor
+
+from cc_ds.config import Config
+from cc_ds.connection.decision import gumbel_noise_at, uniform_at
+from cc_ds.data.batches import BatchStream
+from cc_ds.data.dealing import RowCost, RowLengths, deal
+from cc_ds.data.packing import Packed, PackedBatch, pack, share
+from cc_ds.dist.group import Group
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One rank's part of an optimiser step."""
+
+    micro_batches: list[tuple[PackedBatch, Tensor | None]]
+    """Batches, and the gate's noise (K, L) for each; None for plain SFT."""
+    english: Packed | None
+    """The English prompts of all micro-batches, where there are several; a single one carries its own."""
+    labels: int
+    """Target tokens that the loss counts."""
+    english_tokens: int
+    """English tokens to read."""
+
+    @property
+    def sources(self) -> list[str]:
+        """File and row of every row."""
+        return [source for batch, _ in self.micro_batches for source in batch.sources]
+
+
+class StepFeed:
+    """An endless iterator over steps. One thread makes the next step while this one trains."""
+
+    def __init__(
+        self, rows: Dataset, group: Group, config: Config, pad_token_id: int, num_layers: int, row_cost: RowCost
+    ) -> None:
+        """Raises ValueError for rows longer than `max_tokens_per_micro_batch`."""
+        train = config.train
+        self.group, self.train, self.pad_token_id, self.num_layers = group, train, pad_token_id, num_layers
+        self.row_cost, self.english_dropout = row_cost, config.cc.english_dropout
+        rows_per_step = train.per_device_train_batch_size * train.gradient_accumulation_steps * group.world_size
+        self.stream = BatchStream(rows, rows_per_step, seed=train.seed)
+        self.lengths = RowLengths.of(rows)
+        longest, limit = int(self.lengths.target.max()), train.max_tokens_per_micro_batch
+        if limit and longest > limit:
+            raise ValueError(
+                f"max_tokens_per_micro_batch is {limit}, but a row has {longest} tokens; raise it or lower max_length"
+            )
+        self._ahead: Future[Step] | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="feed")
+
+    def __next__(self) -> Step:
+        """The next step, on the device; its rows count as dealt."""
+        step = (self._ahead or self._prepare()).result()
+        self.stream.position += self.stream.batch_size
+        self._ahead = self._prepare()
+        device = self.group.device
+        micro_batches = [
+            (batch.to(device), noise if noise is None else noise.to(device, non_blocking=True))
+            for batch, noise in step.micro_batches
+        ]
+        english = None if step.english is None else step.english.to(device)
+        return Step(micro_batches, english, step.labels, step.english_tokens)
+
+    def state_dict(self) -> dict[str, int]:
+        """The same on every rank: which rows were dealt."""
+        return self.stream.state_dict()
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on where `state` was taken."""
+        self.stream.load_state_dict(state)
+        self._ahead = None
+
+    def close(self) -> None:
+        """End the thread."""
+        self._thread.shutdown(cancel_futures=True)
+
+    def _prepare(self) -> Future[Step]:
+        return self._thread.submit(self._make, self.stream.next_positions())
+
+    def _make(self, positions: range) -> Step:
+        """This rank's part of the step that holds the rows at `positions`, on the host."""
+        connect, seed = self.train.method == "cc", self.train.seed
+        reads_english = self._reads_english(positions) if connect else [False] * len(positions)
+        batches = []
+        for chosen in self._deal(positions, reads_english):
+            rows = [self._row(positions[number], reads_english[number]) for number in chosen]
+            batch = pack(rows, self.pad_token_id, connect)
+            noise = None
+            if connect:
+                connected = [positions[chosen[row]] for row in batch.connected_rows.tolist()]
+                noise = gumbel_noise_at(connected, self.num_layers, seed)
+            batches.append((batch, noise))
+        english, english_tokens = None, 0
+        if connect and len(batches) > 1:
+            english, shared = share([batch for batch, _ in batches])
+            batches = [(batch, noise) for batch, (_, noise) in zip(shared, batches, strict=True)]
+        if connect:
+            english_tokens = sum((english or batches[0][0].english).lengths)
+        if self.group.device.type == "cuda":
+            batches = [(batch.pin_memory(), noise if noise is None else noise.pin_memory()) for batch, noise in batches]
+            english = None if english is None else english.pin_memory()
+        return Step(batches, english, sum(len(batch.labels) for batch, _ in batches), english_tokens)
+
+    def _reads_english(self, positions: range) -> list[bool]:
+        """Whether each row's English prompt is read: it may have none, or it is left out at random."""
+        draws = uniform_at(positions, self.train.seed) if self.english_dropout else [1.0] * len(positions)
+        return [
+            self.lengths.english[self.stream.index_at(position)] > 0 and draw >= self.english_dropout
+            for position, draw in zip(positions, draws, strict=True)
+        ]
+
+    def _deal(self, positions: range, reads_english: list[bool]) -> list[list[int]]:
+        """This rank's micro-batches, as indices into `positions`."""
+        indices = [self.stream.index_at(position) for position in positions]
+        target = self.lengths.target[indices].tolist()
+        english = [
+            int(length) * reads for length, reads in zip(self.lengths.english[indices], reads_english, strict=True)
+        ]
+        costs = [self.row_cost(*tokens) for tokens in zip(target, english, strict=True)]
+        train = self.train
+        dealt = deal(
+            costs, target, self.group.world_size, train.gradient_accumulation_steps, train.max_tokens_per_micro_batch
+        )
+        return dealt[self.group.rank]
+
+    def _row(self, position: int, reads_english: bool) -> dict[str, Any]:
+        row = self.stream.dataset[self.stream.index_at(position)]
+        return row if reads_english else row | {"english_input_ids": []}
