@@ -13,6 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 from cc_ds import export
 from cc_ds.config import Config
+from cc_ds.connection.loss import liger_loss
 from cc_ds.connection.model import CCModelForCausalLM
 from cc_ds.data.templates import Template, load_template
 from cc_ds.data.tokenise import load_tokenised
@@ -90,6 +91,8 @@ def build_model(config: Config, group: Group) -> tuple[CCModelForCausalLM, dict[
         **options,
     )
     del construction
+    if model_config.use_liger_kernel:
+        model.labelled_loss = liger_loss()
     if model_config.gradient_checkpointing:
         model.activation_checkpointing_enable()
     if train.method == "sft":

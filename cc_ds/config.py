@@ -54,6 +54,8 @@ class ModelConfig:
     """A built-in template (llama3, chatml, mistral, gemma, plain); None: the tokenizer's own."""
     attn_implementation: Literal["flash_attention_2", "flash_attention_3"] | None = None
     """Attention over packed batches by these libraries, on CUDA; None: by torch's, everywhere."""
+    use_liger_kernel: bool = False
+    """Take the loss by Liger's fused kernel, on CUDA (pip install liger-kernel)."""
     gradient_checkpointing: bool = False
     """Recompute each layer's activations in the backward."""
     trust_remote_code: bool = False

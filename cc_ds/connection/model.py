@@ -20,7 +20,6 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, PretrainedConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -30,14 +29,13 @@ from cc_ds import export
 from cc_ds.config import CCConfig
 from cc_ds.connection.capture import FusePass, Hooks, Pass, ReadPass, flat_positions
 from cc_ds.connection.decision import DecisionMaker, gumbel_noise
+from cc_ds.connection.loss import labelled_loss
 from cc_ds.data.packing import Packed, PackedBatch
 from cc_ds.infer.generate import generate_connected
 from cc_ds.models.arch import decoder_of, family_of
 
 # The Decision Maker's name in the authors' checkpoints.
 _AUTHORS_KEYS = {r"^model\.source_select\.": "decision_maker."}
-# 1 GiB of float32 logits, which hold their gradient's place too.
-LOGITS_CHUNK = 2**28
 
 
 @dataclass
@@ -71,6 +69,7 @@ class CCModelForCausalLM:
         self.register_buffer("transform", None, persistent=False)
         self.hooks = Hooks(self, self.family)
         self.prefill_pass: FusePass | None = None
+        self.labelled_loss = labelled_loss
 
     # ---- making one ----
 
@@ -263,7 +262,9 @@ class CCModelForCausalLM:
             current = self._fuse_pass(english_LUH[:, packed.english_of], anchors, packed.connected, noise)
         with self.hooks.during(current):
             hidden_1TH = self._decode(packed.target)
-        loss = self._labelled_loss(hidden_1TH[0, packed.label_positions], packed.labels) / num_items_in_batch
+        cap = getattr(self.config, "final_logit_softcapping", None)  # Gemma 2
+        hidden_NH = hidden_1TH[0, packed.label_positions]
+        loss = self.labelled_loss(self.get_output_embeddings(), hidden_NH, packed.labels, cap) / num_items_in_batch
         return _with_connection({"loss": loss}, current)
 
     def _read_packed(self, english: Packed) -> Tensor:
@@ -287,24 +288,6 @@ class CCModelForCausalLM:
             max_length_q=max(packed.lengths),
             max_length_k=max(packed.lengths),
         ).last_hidden_state
-
-    def _labelled_loss(self, hidden_NH: Tensor, labels: Tensor) -> Tensor:
-        """The summed cross-entropy of N labelled positions; float32 logits of at most LOGITS_CHUNK values live at once.
-
-        With several chunks, each one's logits are computed again in the backward.
-        """
-        rows = max(1, LOGITS_CHUNK // self.config.vocab_size)
-        if hidden_NH.shape[0] <= rows:
-            return self._chunk_loss(hidden_NH, labels)
-        chunks = zip(hidden_NH.split(rows), labels.split(rows))
-        return sum(checkpoint(self._chunk_loss, *chunk, use_reentrant=False) for chunk in chunks)
-
-    def _chunk_loss(self, hidden_NH: Tensor, labels: Tensor) -> Tensor:
-        logits = self.get_output_embeddings()(hidden_NH).float()
-        cap = getattr(self.config, "final_logit_softcapping", None)  # Gemma 2
-        if cap is not None:
-            logits = torch.tanh(logits / cap) * cap
-        return functional.cross_entropy(logits, labels, reduction="sum")
 
     def _read_english(
         self, input_ids, attention_mask, labels, anchors, english_input_ids, english_attention_mask, english_anchors,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_models import LAYERS, VOCAB, cc_model, tokenised_rows
 
-from cc_ds.connection import model as model_module
+from cc_ds.connection import loss as loss_module
 from cc_ds.data.batches import CCCollator
 from cc_ds.data.packing import pack, share
 from cc_ds.models.arch import FAMILIES
@@ -27,7 +27,7 @@ def _padded(model, rows, noise):
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_equal_to_padded(family, checkpointing, monkeypatch):
-    monkeypatch.setattr(model_module, "LOGITS_CHUNK", 7 * VOCAB)  # several chunks
+    monkeypatch.setattr(loss_module, "LOGITS_CHUNK", 7 * VOCAB)  # several chunks
     rows, noise = tokenised_rows(), _noise(5)
     connected = [0, 2, 3]
     gradients, losses, choices = [], [], []
