@@ -27,6 +27,7 @@ from cc_ds.dist.engine import grad_norm
 from cc_ds.dist.group import Group
 from cc_ds.dist.signals import Request, Requests
 from cc_ds.dist.watchdog import Watchdog
+from cc_ds.dist.zero import GatherOrders
 from cc_ds.feed import StepFeed
 from cc_ds.guard import Guard, poison_if_not_finite
 from cc_ds.run_state import RunState
@@ -41,18 +42,23 @@ class EnglishPass:
     single micro-batch, the model reads the English prompts in the same forward, which is the same.
     """
 
-    def __init__(self, engine, english: Packed | None) -> None:
+    def __init__(self, engine, orders: GatherOrders, english: Packed | None) -> None:
         """`english`: the prompts of all micro-batches; None where there is nothing to read in a pass of its own."""
+        self.engine, self.orders = engine, orders
         self.activations: Tensor | None = None
         self.needs_backward = False
         if english is not None:
-            self.whole_LUH = engine(packed_english=english).english_activations
+            with orders.of("english forward"):
+                self.whole_LUH = engine(packed_english=english).english_activations
             self.needs_backward = self.whole_LUH.requires_grad
             self.activations = self.whole_LUH.detach().requires_grad_(self.needs_backward)
 
-    def surrogate_loss(self) -> Tensor:
-        """A scalar whose gradient at E is the one that the micro-batches left there."""
-        return (self.whole_LUH * self.activations.grad).sum()
+    def backward(self) -> None:
+        """Hand the gradient that the micro-batches left on E down through the English pass."""
+        # A scalar whose gradient at E is the one that was left there.
+        surrogate = (self.whole_LUH * self.activations.grad).sum()
+        with self.orders.of("english backward", forward=False):
+            self.engine.backward(surrogate, scale_wrt_gas=False)
 
 
 class Trainer:
@@ -74,6 +80,7 @@ class Trainer:
         train = config.train
         self.run, self.requests, self.describe = run, requests, describe
         self.engine, self.group, self.train_config = engine, group, train
+        self.gather_orders = GatherOrders(engine)
         self.eval_rows, self.pad_token_id = eval_rows, pad_token_id
         self.step = 0
         self.total_steps = count_steps(config, len(train_rows), group.world_size)
@@ -95,7 +102,7 @@ class Trainer:
         torch.manual_seed(mix(self.train_config.seed, self.step, self.group.rank))
         step = next(self.feed)
         target_tokens = self.group.sum(torch.tensor(step.labels, device=self.group.device))  # no host waits for it
-        english = EnglishPass(engine, step.english)
+        english = EnglishPass(engine, self.gather_orders, step.english)
         losses = []
         for number, (batch, noise) in enumerate(step.micro_batches, start=1):
             last = number == len(step.micro_batches) and not english.needs_backward
@@ -112,7 +119,7 @@ class Trainer:
             self.window.add_batch(output, batch)
         if english.needs_backward:
             engine.set_gradient_accumulation_boundary(True)
-            engine.backward(english.surrogate_loss(), scale_wrt_gas=False)
+            english.backward()
         if self._logs_after_this_step():
             self.grad_norm = grad_norm(engine)
         engine.step()
