@@ -37,12 +37,15 @@ def _load(device_type: str) -> str | None:
 
 _WHY_REFERENCE = {device_type: _load(device_type) for device_type in ("cpu", "cuda")}
 
+WITH_KERNEL = frozenset(device_type for device_type, why in _WHY_REFERENCE.items() if why is None)
+
 
 def status() -> dict[str, str]:
     """What the fused gate runs on, by device type.
 
     Returns:
-        {"cpu": ..., "cuda": ...}, each "kernel", or "reference: " and the reason.
+        {"cpu": ..., "cuda": ...}, each "kernel", or "reference: " and the reason. Where there is a kernel too, a call
+        whose tensors are of several dtypes (as under torch.autocast) takes the reference.
     """
     return {device: "kernel" if why is None else f"reference: {why}" for device, why in _WHY_REFERENCE.items()}
 

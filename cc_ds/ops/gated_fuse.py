@@ -13,7 +13,8 @@ Source: METHOD, steps 3 and 4 of "Training"; CC-Tuning (ACL 2025), section 3.
     gated_fuse_      adds in place where autograd allows it: nothing of size (B, T, H) is copied, forward or backward
     gated_fuse_ref   the literal reference
 
-A call checks shapes, converts what is small, and runs the operators of library.py: kernels where they are built.
+A call checks shapes, converts what is small, and runs the operators of library.py: kernels where they are built, and
+where ffn_output, english, embedding and weight have one dtype.
 
 Shapes: B examples, T target positions, L decoder layers, H hidden size.
 """
@@ -23,10 +24,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cc_ds.ops.extension import say_if_reference
+from cc_ds.ops.extension import WITH_KERNEL, say_if_reference
 from cc_ds.ops.library import define
 
 _InPlace = define("cc_ds")
+_FUNCTIONAL, _IN_PLACE = torch.ops.cc_ds.gated_fuse.default, torch.ops.cc_ds.gated_fuse_.default
+_WIDE = {
+    torch.float16: torch.float32,
+    torch.bfloat16: torch.float32,
+    torch.float32: torch.float32,
+    torch.float64: torch.float64,
+}
 
 
 def gated_fuse(
@@ -64,13 +72,10 @@ def gated_fuse(
         RuntimeError: on the CPU, an anchor outside [0, T). On CUDA, where nothing may wait for the device, such an
             anchor stops the kernel, as torch's own indexing does.
     """
-    _check(ffn_output, english, embedding, weight, noise, anchors, temperature, mask)
-    if _mixed(ffn_output, english, embedding, weight):
+    arguments = _arguments(ffn_output, english, embedding, weight, noise, anchors, temperature, hard, mask)
+    if arguments is None:
         return gated_fuse_ref(ffn_output, english, embedding, weight, noise, anchors, temperature, hard, mask)
-    _announce(ffn_output)
-    fused, choice, logits, _ = torch.ops.cc_ds.gated_fuse(
-        ffn_output, english, embedding, weight, *_small(ffn_output, noise, anchors), mask, float(temperature), hard
-    )
+    fused, choice, logits, _ = _FUNCTIONAL(*arguments)
     return fused, choice, logits
 
 
@@ -91,17 +96,15 @@ def gated_fuse_(
     gradient, nor for a view of another tensor; those, mixed dtypes, and code under torch.compile get a copy. If
     autograd still needs the old ffn_output for its backward, the backward raises, as for every in-place operation.
     """
-    if not _may_change(ffn_output) or _mixed(ffn_output, english, embedding, weight):
+    arguments = None
+    if _may_change(ffn_output):
+        arguments = _arguments(ffn_output, english, embedding, weight, noise, anchors, temperature, hard, mask)
+    if arguments is None:
         return gated_fuse(ffn_output, english, embedding, weight, noise, anchors, temperature, hard, mask)
-    _check(ffn_output, english, embedding, weight, noise, anchors, temperature, mask)
-    _announce(ffn_output)
-    arguments = (
-        ffn_output, english, embedding, weight, *_small(ffn_output, noise, anchors), mask, float(temperature), hard
-    )  # fmt: skip
     if torch.is_grad_enabled() and any(x.requires_grad for x in (ffn_output, english, embedding, weight)):
         fused, choice, logits, _ = _InPlace.apply(*arguments)
         return fused, choice, logits
-    choice, logits, _ = torch.ops.cc_ds.gated_fuse_(*arguments)
+    choice, logits, _ = _IN_PLACE(*arguments)
     return ffn_output, choice, logits
 
 
@@ -146,18 +149,47 @@ def _may_change(ffn_output: Tensor) -> bool:
     return not (ffn_output._is_view() or (ffn_output.requires_grad and ffn_output.is_leaf))
 
 
-def _mixed(*tensors: Tensor) -> bool:
-    # The kernels are written for one dtype; parts of a model in several (torch.autocast) are rare, and rows small.
-    return any(tensor.dtype != tensors[0].dtype for tensor in tensors)
+def _arguments(ffn_output, english, embedding, weight, noise, anchors, temperature, hard, mask) -> tuple | None:
+    """The operators' arguments; None where the dtypes differ, for which no kernel is written.
 
-
-def _small(ffn_output: Tensor, noise: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor]:
-    return noise.to(torch.promote_types(ffn_output.dtype, torch.float32)), anchors.to(torch.int64)
-
-
-def _announce(ffn_output: Tensor) -> None:
-    if not torch.compiler.is_compiling():
+    Parts of a model in several dtypes (torch.autocast) are rare, and the rows small.
+    """
+    if not _fit(ffn_output, english, embedding, weight, noise, anchors, temperature, mask):
+        _check(ffn_output, english, embedding, weight, noise, anchors, temperature, mask)
+        if any(tensor.dtype != ffn_output.dtype for tensor in (english, embedding, weight)):
+            return None
+        noise = noise.to(torch.promote_types(ffn_output.dtype, torch.float32))
+        anchors, temperature = anchors.to(torch.int64), float(temperature)
+    if ffn_output.device.type not in WITH_KERNEL and not torch.compiler.is_compiling():
         say_if_reference(ffn_output.device.type)
+    return ffn_output, english, embedding, weight, noise, anchors, mask, temperature, hard
+
+
+def _fit(ffn_output, english, embedding, weight, noise, anchors, temperature, mask) -> bool:
+    """Are the arguments what the operators take, as they are?
+
+    `_check` says what is wrong; this asks as little as it can: a call comes after passes over much memory, when
+    Python itself has left the caches, and each step of its own then costs a microsecond.
+    """
+    if ffn_output.dim() != 3 or english.dim() != 3:
+        return False
+    batch, _, hidden = ffn_output.shape
+    layers, dtype = english.shape[0], ffn_output.dtype
+    return (
+        english.shape == (layers, batch, hidden)
+        and embedding.shape == (batch, hidden)
+        and weight.shape == (layers, hidden)
+        and noise.shape == (batch, layers)
+        and anchors.shape == (batch,)
+        and layers > 0
+        and hidden > 0
+        and english.dtype == embedding.dtype == weight.dtype == dtype
+        and noise.dtype == _WIDE.get(dtype)
+        and anchors.dtype == torch.int64
+        and (mask is None or (mask.dtype == torch.bool and mask.shape == (batch,)))
+        and type(temperature) is float
+        and temperature > 0
+    )
 
 
 def _check(ffn_output, english, embedding, weight, noise, anchors, temperature, mask) -> None:

@@ -1,4 +1,5 @@
 // The CPU backend: spreads the units of kernels.h over torch's threads, and takes the softmax between them.
+#include <algorithm>
 #include <cmath>
 #include <vector>
 
@@ -22,11 +23,17 @@ int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
-// f(i) for i in [0, count), on torch's threads; `work` is roughly how many elements one call reads.
+// f(begin, end) for ranges that make up [0, count), on torch's threads; `work` is roughly how many elements are read
+// for one of [0, count).
+template <class F>
+void parallel_ranges(int64_t count, int64_t work, F&& f) {
+  constexpr int64_t kElementsPerTask = 32768;  // as torch: below this a thread costs more than it saves
+  torch::stable::parallel_for(0, count, ceil_div(kElementsPerTask, work > 0 ? work : 1), f);
+}
+
 template <class F>
 void parallel(int64_t count, int64_t work, F&& f) {
-  constexpr int64_t kElementsPerTask = 32768;  // as torch: below this a thread costs more than it saves
-  torch::stable::parallel_for(0, count, ceil_div(kElementsPerTask, work > 0 ? work : 1), [&](int64_t begin, int64_t end) {
+  parallel_ranges(count, work, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) f(i);
   });
 }
@@ -78,10 +85,16 @@ struct Cpu {
   static void forward(const Forward<T>& f, int32_t) {
     using A = Accumulate<T>;
     const Units<T> units = units_of_this_machine<T>();
-    const int64_t tiles = Cpu::tiles(f.hidden, sizeof(T)), groups = ceil_div(f.batch, kExamples);
+    const int64_t tiles = Cpu::tiles(f.hidden, sizeof(T));
     for (int64_t b = 0; b < f.batch; ++b) check_anchor(f.anchors[b], f.positions, b);
-    parallel(tiles * groups, 2 * kTile * kExamples * f.layers,
-             [&](int64_t i) { units.decide(f, i / groups, i % groups * kExamples); });
+    parallel_ranges(tiles * f.batch, 2 * kTile * f.layers, [&](int64_t begin, int64_t end) {
+      while (begin < end) {
+        const int64_t tile = begin / f.batch, b = begin % f.batch;
+        const int64_t count = std::min({kExamples, f.batch - b, end - begin});
+        units.decide(f, tile, b, b + count);
+        begin += count;
+      }
+    });
     std::vector<A> gate(f.batch * f.layers);
     std::vector<std::pair<int64_t, int64_t>> chosen(f.batch);
     parallel(f.batch, 16 * f.layers, [&](int64_t b) { chosen[b] = choose(f, tiles, b, &gate[b * f.layers]); });
@@ -96,29 +109,32 @@ struct Cpu {
     using A = Accumulate<T>;
     const Units<T> units = units_of_this_machine<T>();
     const int64_t tiles = Cpu::tiles(g.hidden, sizeof(T));
-    const bool fused = g.grad_fused.data != nullptr;
-    // the gradient of the connection, (B, H), and of the logits, (B, L)
-    std::vector<A> grad_rows(g.batch * g.hidden), grad_logits(g.batch * g.layers);
-    parallel(fused ? g.batch : 0, g.hidden, [&](int64_t b) {
-      if (!g.fuses(b)) return;
-      const T* row = g.grad_fused.at(b, g.anchors[b]);
-      for (int64_t h = 0; h < g.hidden; ++h) grad_rows[b * g.hidden + h] = static_cast<A>(row[h * g.grad_fused.stride_h]);
+    // the gradient of the connection, by example, with unit stride; null where there is none
+    const bool fused = g.grad_fused.data != nullptr, gather = fused && g.grad_fused.stride_h != 1;
+    std::vector<T> gathered(gather ? g.batch * g.hidden : 0);
+    std::vector<const T*> rows(g.batch);
+    for (int64_t b = 0; b < g.batch; ++b) {
+      if (!fused || !g.fuses(b)) continue;
+      rows[b] = g.grad_fused.at(b, g.anchors[b]);
+      if (!gather) continue;
+      T* const copy = &gathered[b * g.hidden];
+      for (int64_t h = 0; h < g.hidden; ++h) copy[h] = rows[b][h * g.grad_fused.stride_h];
+      rows[b] = copy;
+    }
+    parallel(g.batch * ceil_div(g.layers, kLayers), kLayers * g.hidden, [&](int64_t i) {
+      const int64_t b = i % g.batch, l = i / g.batch * kLayers;  // the order in which english lies in memory
+      if (rows[b]) return units.grad_gate(g, rows[b], b, l);
+      for (int64_t k = l; k < l + kLayers && k < g.layers; ++k) g.grad_gate[b * g.layers + k] = 0;
     });
-    parallel(g.batch * g.layers, g.hidden, [&](int64_t i) {
-      const int64_t b = i % g.batch, l = i / g.batch;  // the order in which english lies in memory
-      if (fused && g.fuses(b)) {
-        units.grad_gate(g, &grad_rows[b * g.hidden], b, l, l + 1);
-      } else {
-        g.grad_gate[b * g.layers + l] = 0;
-      }
-    });
+    std::vector<A> grad_logits(g.batch * g.layers);  // (B, L)
     parallel(g.batch, 16 * g.layers, [&](int64_t b) { gate_backward(g, b, &grad_logits[b * g.layers]); });
-    parallel(tiles * g.batch, 2 * kTile * g.layers, [&](int64_t i) {
-      const int64_t b = i % g.batch;
-      units.grad_example(g, &grad_logits[b * g.layers], &grad_rows[b * g.hidden], i / g.batch, b);
+    const int64_t pairs = ceil_div(g.batch, kPair), weight_pairs = ceil_div(g.layers, kPair);
+    parallel(tiles * pairs, 2 * kPair * kTile * g.layers, [&](int64_t i) {
+      units.grad_examples(g, grad_logits.data(), rows.data(), i / pairs, i % pairs * kPair);
     });
-    parallel(tiles * g.layers, kTile * g.batch,
-             [&](int64_t i) { units.grad_weight(g, grad_logits.data(), i / g.layers, i % g.layers); });
+    parallel(tiles * weight_pairs, kPair * kTile * g.batch, [&](int64_t i) {
+      units.grad_weight(g, grad_logits.data(), i / weight_pairs, i % weight_pairs * kPair);
+    });
   }
 
   // out (L): d loss / d z of one example.
