@@ -1,6 +1,7 @@
 # make demo     the whole walk on an embedded task (SEEDS=3 for its spread)
 # make test     the tests
 # make test-slow   the kernels under sanitizers, with planted bugs, and what happens under faults
+# make kernels  the CUDA kernels without a GPU: what nvcc makes of them, against a budget; sanitizers; planted bugs
 # make test-gpu    the CUDA kernels, where there is a GPU
 # make test-slurm  the job scripts on a SLURM of two nodes, booted here (root; installs slurm-wlm by apt)
 # make lint     formatting and lint
@@ -11,7 +12,7 @@ SEEDS ?= 1
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test test-slow test-gpu test-slurm lint clean
+.PHONY: demo test test-slow kernels test-gpu test-slurm lint clean
 
 demo: $(VENV)/.ready
 	$(RUN) tools/demo.py --output demo_output --seeds $(SEEDS)
@@ -21,6 +22,10 @@ test: $(VENV)/.ready
 
 test-slow: $(VENV)/.ready
 	$(RUN) -m pytest -m slow
+
+# without nvcc or g++ it says what was left out, and succeeds
+kernels: $(VENV)/.ready
+	$(RUN) -m pytest -m "slow or not slow" -rs tests/ops/test_cuda_budget.py tests/ops/test_sanitizers.py
 
 test-gpu: $(VENV)/.ready
 	$(RUN) -m pytest -m gpu tests/ops/test_gpu.py

@@ -54,7 +54,7 @@ def extensions() -> tuple[list, dict]:
         print("cc_ds: no C++ compiler: installing without kernels, on the reference", file=sys.stderr)
         return [], {}
 
-    headers = sorted(str(path) for path in SOURCES.rglob("*.h"))
+    headers = sorted(str(path) for path in SOURCES.rglob("*.*h"))
     cpu = cpp_extension.CppExtension(
         "cc_ds.ops._cpu",
         sorted(str(path) for path in (SOURCES / "cpu").glob("*.cpp")),
@@ -71,7 +71,7 @@ def extensions() -> tuple[list, dict]:
         modules.append(
             cpp_extension.CppExtension(
                 "cc_ds.ops._cuda",
-                [str(SOURCES / "cuda" / name) for name in ("gated_fuse.cpp", "kernels.cu")],
+                [str(SOURCES / "cuda" / name) for name in ("gated_fuse.cpp", "forward.cu", "backward.cu")],
                 py_limited_api=True,
                 depends=headers,
                 include_dirs=[str(Path(cuda_home) / "include")],

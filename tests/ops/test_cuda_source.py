@@ -34,6 +34,12 @@ def test_right_and_written(shim, sample):
     assert_right(sample, results)
 
 
+@pytest.mark.slow
+def test_many_layers_and_examples(shim):
+    sample = Sample(batch=1024, layers=256, hidden=9, positions=2, dtype=torch.bfloat16)
+    assert_right(sample, run(shim, sample.inputs(), sample.incoming()))
+
+
 def test_bit_equal_twice(shim):
     """Blocks and threads run in another order the second time."""
     sample = Sample(batch=2, layers=9, hidden=520, dtype=torch.bfloat16, mask="none")

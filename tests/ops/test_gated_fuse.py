@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 from ops.samples import IDS, SAMPLES, Sample, assert_right, run
@@ -35,7 +37,7 @@ def test_right(function, sample):
 @NEEDS_KERNEL
 @pytest.mark.parametrize("threads", [1, 2])
 def test_bit_equal_whatever_the_threads(threads):
-    sample = Sample(batch=9, layers=17, hidden=2060, dtype=torch.bfloat16)
+    sample = Sample(batch=19, layers=17, hidden=2060, dtype=torch.bfloat16)
     first = run(gated_fuse, sample.inputs(), sample.incoming())
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -45,6 +47,12 @@ def test_bit_equal_whatever_the_threads(threads):
         torch.set_num_threads(before)
     for (name, a), b in zip(first.named().items(), again.named().values()):
         assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("hard", [True, False])
+def test_many_layers_and_examples(hard):
+    sample = Sample(batch=1024, layers=256, hidden=9, positions=2, dtype=torch.bfloat16, hard=hard)
+    assert_right(sample, run(gated_fuse_, sample.inputs(), sample.incoming()))
 
 
 @pytest.fixture
@@ -106,11 +114,21 @@ def test_opcheck(hard, mask):
         )
 
 
+@pytest.mark.parametrize(
+    "backend",
+    [
+        "aot_eager",
+        pytest.param(
+            "inductor",
+            marks=[pytest.mark.slow, pytest.mark.skipif(not shutil.which("g++"), reason="there is no g++ here")],
+        ),
+    ],
+)
 @pytest.mark.parametrize("function", [gated_fuse, gated_fuse_])
 @pytest.mark.parametrize("hard", [True, False])
-def test_compiled_whole(function, hard):
+def test_compiled_whole(function, hard, backend):
     sample = Sample(hard=hard, mask="some")
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(function, fullgraph=True, backend=backend)
     torch.compiler.reset()
     assert_right(sample, run(compiled, sample.inputs(), sample.incoming()))
 

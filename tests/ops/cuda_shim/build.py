@@ -11,7 +11,7 @@ from torch.utils.cpp_extension import include_paths
 
 SHIM = Path(__file__).parent
 CSRC = SHIM.parent.parent.parent / "cc_ds" / "ops" / "csrc"
-KERNELS = CSRC / "cuda" / "kernels.cu"
+KERNELS = ("forward.cu", "backward.cu")
 COMPILER = shutil.which("g++")
 NO_COMPILER = "there is no g++ here to compile the CUDA source for the CPU with"
 
@@ -24,13 +24,13 @@ _FLAGS = [
 ]
 
 
-def compile_to(output: Path, sources: list[Path], flags: list[str], kernels_folder: Path = CSRC / "cuda") -> Path:
+def compile_to(output: Path, sources: list[Path], flags: list[str], csrc: Path = CSRC) -> Path:
     """Run g++ with the shim in place of the CUDA toolkit; a .cu file counts as C++ with shim.h before it."""
-    includes = [f"-I{folder}" for folder in (SHIM, kernels_folder, CSRC, *include_paths("cpu"))]
+    includes = [f"-I{folder}" for folder in (SHIM, csrc, *include_paths("cpu"))]
     ordered = []
     for source in sources:
-        ordered += ["-x", "c++", str(source)]
-    command = [COMPILER, *_FLAGS, *flags, *includes, "-include", "shim.h", *ordered, "-x", "none", "-o", str(output)]
+        ordered += ["-x", "none" if source.suffix == ".o" else "c++", str(source)]
+    command = [COMPILER, *_FLAGS, *flags, *includes, "-include", "shim.h", *ordered, "-o", str(output)]
     if "-shared" in flags:
         command += [f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu", "-lc10"]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -40,4 +40,5 @@ def compile_to(output: Path, sources: list[Path], flags: list[str], kernels_fold
 
 def operators(folder: Path) -> Path:
     """A shared library that implements the operators of the namespace cc_ds_shim on CPU tensors."""
-    return compile_to(folder / "shim.so", [KERNELS, SHIM / "binding.cpp"], ["-O1", "-fPIC", "-shared"])
+    sources = [*(CSRC / "cuda" / name for name in KERNELS), SHIM / "binding.cpp"]
+    return compile_to(folder / "shim.so", sources, ["-O1", "-fPIC", "-shared"])

@@ -6,7 +6,9 @@
 #include <map>
 #include <string>
 
-#include "kernels.cu"
+#include <torch/headeronly/util/BFloat16.h>
+
+#include "cuda/kernels.h"
 
 namespace {
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from ops.cuda_shim.build import CSRC, SHIM, compile_to
+from ops.cuda_shim.build import CSRC, KERNELS, SHIM, compile_to
 from ops.samples import ROUNDING, SUMS, Sample, expected
 
 CASES = [
@@ -23,6 +23,7 @@ CASES = [
     Sample(batch=2, positions=1, layers=40, hidden=4),  # layers past a warp
     Sample(batch=5, positions=1, layers=5, hidden=4),  # several rounds of examples in the weight's gradient
 ]
+SHARED = ("gate.h", "cuda/common.cuh")
 # Threads are dear: those with few blocks, and what only shows between rounds.
 CASES_FOR_THREADS = [CASES[i] for i in (0, 1, 6, 7)]
 
@@ -101,7 +102,7 @@ class Mutant:
     name: str
     old: str
     new: str
-    file: str = "cuda/kernels.cu"
+    file: str
 
     def apply(self, folder: Path) -> None:
         """Change the file under `folder`, a copy of csrc."""
@@ -111,22 +112,31 @@ class Mutant:
         source.write_text(text.replace(self.old, self.new))
 
 
-def build(folder: Path, tool: Tool, mutant: Mutant | None = None) -> Path:
-    """The program, with a bug or without.
+def compile_parts(folder: Path, tool: Tool, mutant: Mutant | None = None) -> dict[str, Path]:
+    """The program's object files by source; of a mutant, those alone that it changes.
 
     In float32 and bfloat16 alone, to compile faster; and with rounds of two examples, so that small cases have several.
     """
     csrc = folder / "csrc"
     shutil.copytree(CSRC, csrc)
-    kernels = csrc / "cuda" / "kernels.cu"
-    text = kernels.read_text()
-    for dtype in ("double", "c10::Half"):
-        text = text.replace(f"CC_INSTANTIATE({dtype});\n", "")
-    assert "kWeightExamples = 32" in text
-    kernels.write_text(text.replace("kWeightExamples = 32", "kWeightExamples = 2"))
-    if mutant is not None:
+    for kernels in (csrc / "cuda" / name for name in KERNELS):
+        text = kernels.read_text()
+        for dtype in ("double", "c10::Half"):
+            text = text.replace(f"CC_INSTANTIATE({dtype});\n", "")
+        kernels.write_text(text.replace("kWeightExamples = 32", "kWeightExamples = 2"))
+    assert "kWeightExamples = 2;" in (csrc / "cuda" / "backward.cu").read_text()
+    sources = {name: csrc / "cuda" / name for name in KERNELS}
+    if mutant is None:
+        sources["check.cpp"] = SHIM / "check.cpp"
+    else:
         mutant.apply(csrc)
-    return compile_to(folder / "check", [SHIM / "check.cpp"], list(tool.flags), csrc / "cuda")
+        sources = {name: path for name, path in sources.items() if mutant.file in (f"cuda/{name}", *SHARED)}
+    return {name: compile_to(folder / f"{name}.o", [path], [*tool.flags, "-c"], csrc) for name, path in sources.items()}
+
+
+def link(folder: Path, tool: Tool, parts: dict[str, Path]) -> Path:
+    """The program."""
+    return compile_to(folder / "check", list(parts.values()), list(tool.flags))
 
 
 def run(program: Path, tool: Tool, cases: Path, seconds: float = 300) -> str | None:

@@ -1,4 +1,4 @@
-// Runs CUDA kernel source on the CPU, to test it without a GPU: g++ -I<this folder> -include shim.h kernels.cu
+// Runs CUDA kernel source on the CPU, to test it without a GPU: g++ -I<this folder> -include shim.h forward.cu
 //
 // Every CUDA thread of a block runs as its own fiber (fibers.h), or, with -DSHIM_THREADS, as an operating system thread
 // (threads.h) for ThreadSanitizer. Blocks run in random order: none may depend on another of the same launch. What goes
@@ -6,7 +6,7 @@
 //   - shared memory is poisoned with NaN before each block, and allocated at its exact size
 //   - __syncthreads or a shuffle that not all threads reach is an abort
 //   - launch shapes that the driver would refuse are refused
-// Modelled: what kernels.cu uses. A shuffle is always of a full warp. Not modelled: speed, streams, expf's last bit.
+// Modelled: what csrc/cuda uses. A shuffle is always of a full warp. Not modelled: speed, streams, expf's last bit.
 #pragma once
 
 #include <algorithm>

@@ -1,4 +1,4 @@
-// The CUDA backend: torch's current device and stream for the kernels of kernels.cu.
+// The CUDA backend: torch's current device and stream for the kernels (kernels.h).
 #include <torch/csrc/stable/accelerator.h>
 
 #include "../binding.h"

@@ -1,4 +1,4 @@
-// The CUDA kernels' launchers: two launches each, on the given stream, nothing allocated, nothing waited for.
+// The CUDA kernels' launchers (forward.cu, backward.cu): two launches each, on the given stream, nothing allocated, nothing waited for.
 #pragma once
 
 #include <cuda_runtime_api.h>
