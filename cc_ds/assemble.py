@@ -19,6 +19,7 @@ from cc_ds.data.templates import Template, load_template
 from cc_ds.data.tokenise import load_tokenised
 from cc_ds.dist.engine import build_engine, engine_config, sharded_construction
 from cc_ds.dist.group import Group
+from cc_ds.dist.patience import main_first
 from cc_ds.dist.signals import Requests
 from cc_ds.dist.zero import full_state_dict
 from cc_ds.infer.prompts import pad_token_id
@@ -63,7 +64,7 @@ def build_data(config: Config, group: Group) -> RunData:
             log.info("%s", summary)
         return rows
 
-    with group.main_first():
+    with main_first(group, "tokenising"):
         train = read(data.train_file)
         validation = read(data.validation_file) if data.validation_file else None
     return RunData(tokenizer, template, train, validation)

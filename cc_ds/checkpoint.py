@@ -1,9 +1,9 @@
-"""Checkpoints: written beside, renamed when whole, checked before they are trusted; resumed exactly.
+"""Checkpoints: written beside, renamed when whole, checked before they are trusted.
 
     output_dir/checkpoint-000120/
         engine/              weights, optimiser and schedule, as DeepSpeed writes them
         model/               config and tokenizer, so that tools/export.py needs nothing else
-        trainer_state.json   step and data position
+        trainer_state.json   step, data position, and the layout of the ranks that wrote it
         complete.json        written last: size and SHA-256 of every other file
     output_dir/checkpoint-000140.partial-3/    being written by generation 3 (run_state.py), or left by its end
 
@@ -29,9 +29,9 @@ from cc_ds.run_state import RunState
 from cc_ds.telemetry import log
 
 _NAME = re.compile(r"checkpoint-(\d+)")
-_PARTIAL = re.compile(r"checkpoint-\d+\.partial-(\d+)")
+_PARTIAL = re.compile(r"checkpoint-\d+(?:\.universal)?\.partial-(\d+)")
 _STATE = "trainer_state.json"
-_MARKER = "complete.json"
+MARKER = "complete.json"
 _REMEDY = "free space there or choose another --output_dir, then start again with --resume_from_checkpoint latest"
 
 
@@ -65,7 +65,7 @@ def save_checkpoint(
     def prepare() -> None:
         run.check()
         if partial.exists():
-            _remove(partial, "was never completed")
+            remove(partial, "was never completed")
 
     group.main_only(prepare)
     engine.checkpoint_engine.start()
@@ -82,9 +82,9 @@ def save_checkpoint(
             if describe is not None:
                 describe(partial / "model")
             _write_text(partial / _STATE, json.dumps(state, indent=2) + "\n")
-            _write_marker(partial, files, {"step": state["step"], "generation": run.generation})
+            write_marker(partial, files, {"step": state["step"], "generation": run.generation})
         except OSError as error:
-            _remove(partial, "could not be completed")
+            remove(partial, "could not be completed")
             raise ValueError(f"checkpoint not written: {error.filename or ''} {error.strerror}; {_REMEDY}") from error
         run.check()
         _put_in_place(partial, final)
@@ -94,12 +94,13 @@ def save_checkpoint(
     return final
 
 
-def _write_marker(partial: Path, files: dict[str, dict[str, Any]], facts: dict[str, Any]) -> None:
+def write_marker(partial: Path, files: dict[str, dict[str, Any]], facts: dict[str, Any]) -> None:
+    """The file that makes a folder whole: `facts`, and size and SHA-256 of every file; `files` are known already."""
     for path in sorted(partial.rglob("*")):  # what did not pass through the writer
         name = str(path.relative_to(partial))
         if path.is_file() and name not in files:
             files[name] = {"size": path.stat().st_size, "sha256": _digest(path)}
-    _write_text(partial / _MARKER, json.dumps(facts | {"files": dict(sorted(files.items()))}, indent=1) + "\n")
+    _write_text(partial / MARKER, json.dumps(facts | {"files": dict(sorted(files.items()))}, indent=1) + "\n")
 
 
 def _put_in_place(partial: Path, final: Path) -> None:
@@ -113,7 +114,7 @@ def _put_in_place(partial: Path, final: Path) -> None:
     partial.rename(final)
     _sync_folder(final.parent)
     if aside is not None and aside.name.startswith(f"{final.name}.replaced"):
-        _remove(aside, "was written again")
+        remove(aside, "was written again")
 
 
 def _remove_old(run: RunState, keep: int, keep_every: int) -> None:
@@ -121,10 +122,12 @@ def _remove_old(run: RunState, keep: int, keep_every: int) -> None:
     for path in whole[:-keep]:
         if not keep_every or step_of(path) % keep_every:
             shutil.rmtree(path)
+    for path in run.output_dir.glob("checkpoint-*.universal"):  # made for a resume (resume.py), which is over
+        remove(path, "is superseded")
     for path in run.output_dir.glob("checkpoint-*.partial-*"):
         match = _PARTIAL.fullmatch(path.name)
         if match and int(match[1]) < run.generation:
-            _remove(path, f"was never completed by generation {match[1]}")
+            remove(path, f"was never completed by generation {match[1]}")
 
 
 # ---- finding ----
@@ -179,12 +182,12 @@ def find_checkpoint(
 def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint by the names and sizes of its files; None: nothing."""
     try:
-        marker = json.loads((path / _MARKER).read_text(encoding="utf-8"))
+        marker = json.loads((path / MARKER).read_text(encoding="utf-8"))
         files = {name: file["size"] for name, file in marker["files"].items()}
     except FileNotFoundError:
-        return f"not a whole checkpoint (no {_MARKER})"
+        return f"not a whole checkpoint (no {MARKER})"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"damaged: {_MARKER} can't be read ({error})"
+        return f"damaged: {MARKER} can't be read ({error})"
     for name, size in files.items():
         if not (path / name).is_file():
             return f"not a whole checkpoint (no {name})"
@@ -197,7 +200,7 @@ def damage(path: Path) -> str | None:
 def digest_damage(path: Path, group: Group | None = None) -> str | None:
     """What is wrong with a checkpoint by the SHA-256 of its files; None: nothing. Every rank must call it."""
     group = group or Group.alone()
-    files = sorted(json.loads((path / _MARKER).read_text(encoding="utf-8"))["files"].items())
+    files = sorted(json.loads((path / MARKER).read_text(encoding="utf-8"))["files"].items())
     problem = None
     for name, file in files[group.rank :: group.world_size]:
         try:
@@ -211,23 +214,16 @@ def digest_damage(path: Path, group: Group | None = None) -> str | None:
 # ---- reading ----
 
 
-def load_checkpoint(engine, path: Path) -> dict[str, Any]:
-    """Put a checkpoint into the engine and give back its trainer state; every rank must call it.
+def read_state(path: Path) -> dict[str, Any]:
+    """A checkpoint's trainer state.
 
     Raises:
-        ValueError: a state file or engine files that can't be read.
+        ValueError: it can't be read.
     """
     try:
-        state = json.loads((path / _STATE).read_text(encoding="utf-8"))
+        return json.loads((path / _STATE).read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
         raise ValueError(f"{path / _STATE}: can't be read ({error}); resume from an older checkpoint") from error
-    try:
-        loaded, _ = engine.load_checkpoint(str(path), tag="engine")
-    except Exception as error:  # DeepSpeed and torch raise many kinds for a damaged file
-        raise ValueError(f"{path}: damaged or of another layout ({error}); resume from an older one") from error
-    if loaded is None:
-        raise ValueError(f"{path}: DeepSpeed found no engine state there; resume from an older checkpoint")
-    return state
 
 
 # ---- small parts ----
@@ -263,7 +259,8 @@ def _sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def _remove(path: Path, reason: str) -> None:
+def remove(path: Path, reason: str) -> None:
+    """Remove a folder, and say so."""
     log.info("removing %s, which %s", path, reason)
     shutil.rmtree(path)
 

@@ -25,6 +25,7 @@ from cc_ds.checkpoint import find_checkpoint
 from cc_ds.config import Config, load_config
 from cc_ds.dist.group import Group, group_left_after, start_group
 from cc_ds.dist.signals import Request, Requests
+from cc_ds.resume import keep_rows_per_step
 from cc_ds.run_state import RunState
 from cc_ds.telemetry import log, start_logging
 
@@ -56,6 +57,7 @@ def train(config: Config, group: Group, run: RunState, requests: Requests) -> st
     settings = config.train
     wanted, digests = settings.resume_from_checkpoint, settings.verify_checkpoint == "digests"
     checkpoint = find_checkpoint(wanted, settings.output_dir, group, digests) if wanted else None
+    config = keep_rows_per_step(config, checkpoint, group.world_size)
     data = build_data(config, group)
     model, engine_config = build_model(config, group)
     trainer = build_trainer(config, group, data, model, engine_config, run, requests)

@@ -19,7 +19,7 @@ from datasets import Dataset
 from torch import Tensor
 from tqdm import tqdm
 
-from cc_ds.checkpoint import load_checkpoint, save_checkpoint
+from cc_ds.checkpoint import save_checkpoint
 from cc_ds.config import Config
 from cc_ds.connection.decision import mix
 from cc_ds.data.packing import Packed, pack
@@ -30,6 +30,7 @@ from cc_ds.dist.watchdog import Watchdog
 from cc_ds.dist.zero import GatherOrders
 from cc_ds.feed import StepFeed
 from cc_ds.guard import Guard, poison_if_not_finite
+from cc_ds.resume import layout_state, load_checkpoint, rows_per_step
 from cc_ds.run_state import RunState
 from cc_ds.telemetry import Telemetry, Window, flops_per_token, log, peak_flops, peak_memory_bytes, row_cost
 
@@ -195,6 +196,7 @@ class Trainer:
     def save(self) -> None:
         """A checkpoint at this step."""
         state = {"step": self.step, "data": self.feed.state_dict(), "seed": self.train_config.seed}
+        state |= layout_state(self.engine, self.group, self.train_config)
         path = save_checkpoint(
             self.engine,
             self.group,
@@ -214,7 +216,7 @@ class Trainer:
         Raises:
             ValueError: a damaged checkpoint, or one of a run with another seed, whose rows would be in another order.
         """
-        state = load_checkpoint(self.engine, path)
+        state = load_checkpoint(self.engine, self.group, self.run, path)
         if state["seed"] != self.train_config.seed:
             raise ValueError(f"{path} was written with seed {state['seed']}, this run has {self.train_config.seed}")
         self.step = self.run.step = state["step"]
@@ -266,5 +268,4 @@ def count_steps(config: Config, rows: int, world_size: int) -> int:
     train = config.train
     if train.max_steps > 0:
         return train.max_steps
-    per_step = train.per_device_train_batch_size * train.gradient_accumulation_steps * world_size
-    return max(1, math.ceil(rows * train.num_train_epochs / per_step))
+    return max(1, math.ceil(rows * train.num_train_epochs / rows_per_step(train, world_size)))

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 1  # raise it whenever the same input would give other rows
 ROWS_PER_BATCH = 1000
 STALE_AFTER_SECONDS = 24 * 3600
+SAY_EVERY_SECONDS = 30.0
 
 log = logging.getLogger(__name__)
 
@@ -134,7 +135,11 @@ def _tokenised_rows(
     sources: Sequence[Source], template: Template, limits: tuple, column_map: Mapping[str, str], summary: Summary
 ) -> Iterator[dict[str, Any]]:
     """The rows to keep, everything counted in `summary` on the way."""
+    begin = said = time.monotonic()
     for row in iter_rows(sources, column_map, summary):
+        if time.monotonic() - said > SAY_EVERY_SECONDS:
+            said = time.monotonic()
+            log.info("%d rows tokenised so far, %.0f a second", summary.rows, summary.rows / (said - begin))
         tokenised = row if isinstance(row, BadRow) else tokenise_row(row, template, *limits)
         if isinstance(tokenised, BadRow):
             summary.add_bad(tokenised)

@@ -69,15 +69,6 @@ class Group:
             raise result[1]
         return result[0]
 
-    @contextmanager
-    def main_first(self) -> Iterator[None]:
-        """The main rank runs the block before the others, which then find its work on disk."""
-        if not self.is_main:
-            self.barrier()
-        yield
-        if self.is_main:
-            self.barrier()
-
 
 def choose_accelerator() -> None:
     """Tell DeepSpeed, which transformers may import, that there is no GPU; else it says so on stdout, as a warning."""
