@@ -142,7 +142,8 @@ class TrainConfig:
     save_keep_every: int = 0
     """Checkpoints whose step is a multiple of this are kept for ever; 0: none."""
     resume_from_checkpoint: str | None = None
-    """A checkpoint folder, or "latest" for the newest whole one in output_dir."""
+    """A checkpoint folder, or "latest" for the newest whole one in output_dir. Another number of ranks may have written
+    it (cc_ds/resume.py)."""
     verify_checkpoint: Literal["digests", "sizes"] = "digests"
     """Before a resume: read every file and compare its SHA-256, each rank its share; or compare sizes alone."""
     stop_after_steps: int = 0

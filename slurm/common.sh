@@ -11,6 +11,11 @@
 
 set -uo pipefail
 
+# The batch shell gets USR1 (--signal=B:USR1@N) at any moment of the job, and only takes note of it: unhandled, it would
+# end this shell, and a requeue from inside a trap would kill the ranks while they save. See run_ranks.
+asked=
+trap 'asked=1' USR1
+
 : "${PYTHON:=}"                       # the interpreter; default: .venv/bin/python here, else python3 on the PATH
 : "${MODULES:=}"                      # "cuda/13.0 python/3.11": loaded before anything else
 : "${VENV:=}"                         # a virtual environment to activate
@@ -23,13 +28,12 @@ set -uo pipefail
 : "${EXPECT_GPUS:=${SLURM_GPUS_ON_NODE:-0}}"   # per node
 : "${MIN_MEMORY_GIB:=1}"              # available, per node
 : "${MIN_DISK_GIB:=1}"                # free in OUTPUT_DIR
+: "${LOOK_EVERY:=10}"                 # seconds between looks whether USR1 has come
 
 say() { echo "$(date '+%F %T') $*"; }
 
 start_job() {
     [ -n "${SLURM_JOB_ID:-}" ] || { echo "submit this with sbatch, from the repository's root" >&2; exit 2; }
-    asked_early=
-    trap 'asked_early=1' USR1   # until run_ranks; unhandled, it would end this shell
     cd "${SLURM_SUBMIT_DIR}" || exit 2
     [ -f cc_ds/train.py ] || { echo "submit from the repository's root (no cc_ds/train.py in $PWD)" >&2; exit 2; }
 
@@ -83,7 +87,8 @@ launch() {
     exec srun --kill-on-bad-exit=1 --wait=60 --export=ALL "${inside[@]}" -- "${command[@]}"
 }
 
-as_rank='export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS; exec "$@"'
+# USR1 is ignored until Python listens: its default is to kill.
+as_rank='trap "" USR1; export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS; exec "$@"'
 
 check_health() {
     [ "$HEALTH_CHECK" = 0 ] && return
@@ -97,16 +102,24 @@ check_health() {
 }
 
 run_ranks() {
-    [ -n "$asked_early" ] && { say "USR1 before the ranks started"; requeue; }
+    [ -n "$asked" ] && { say "USR1 before the ranks started"; requeue; }
     (launch --output="$logs/rank%t-%N.log" -- bash -c "$as_rank" rank "$@") &
     srun_pid=$!
-    # The batch shell gets USR1 (--signal=B:USR1@N) and hands it to the ranks, which agree on a step, save and end. It
-    # must outlive them: a requeue from inside the trap, or a shell that TERM ends, would kill them while they save.
-    trap 'say "USR1: asking the ranks to save and end"; scancel --signal=USR1 "$SLURM_JOB_ID"' USR1
-    trap 'say "TERM: waiting for the ranks to save and end"' TERM
-    code=255
-    while kill -0 "$srun_pid" 2>/dev/null; do wait "$srun_pid"; code=$?; done
-    trap - USR1
+    trap 'say "TERM: waiting for the ranks to save and end"' TERM   # this shell must outlive them
+    # Asked by USR1, the ranks agree on a step, save and end. One that is still starting ignores it, so all are asked
+    # again; and a USR1 that comes between the look at $asked and the wait is seen at the next look.
+    local said=
+    while kill -0 "$srun_pid" 2>/dev/null; do
+        if [ -n "$asked" ]; then
+            [ -z "$said" ] && say "USR1: asking the ranks to save and end"
+            said=1
+            scancel --signal=USR1 "$SLURM_JOB_ID"
+        fi
+        sleep "$LOOK_EVERY" &
+        wait -n "$srun_pid" $!
+    done
+    wait "$srun_pid"
+    code=$?
     say "the ranks ended with code $code"
 }
 

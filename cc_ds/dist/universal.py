@@ -71,16 +71,19 @@ def load_universal(engine, folder: Path) -> bool:
 
     Frozen parameters stay as they are: they come from the base model, not from the checkpoint.
     """
-    groups = getattr(engine.optimizer, "optimizer", engine.optimizer).param_groups
-    decays = [group["weight_decay"] for group in groups]
+    optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    decays = [group["weight_decay"] for group in optimizer.param_groups]
     engine._config.load_universal_checkpoint = True
     try:
         loaded, _ = engine.load_checkpoint(str(folder), tag="engine")
     finally:
         engine._config.load_universal_checkpoint = False
-    # At stage 3 DeepSpeed 0.19.8 gives every group the settings of the first, norms and biases its weight decay.
-    for group, decay in zip(groups, decays, strict=True):
+    # At stage 3 DeepSpeed 0.19.8 gives every group the settings of the first (norms and biases its weight decay), and
+    # all of them one and the same step tensor, which Adam then raises once for each.
+    for group, decay in zip(optimizer.param_groups, decays, strict=True):
         group["weight_decay"] = decay
+    for state in optimizer.state.values():
+        state["step"] = state["step"].clone()
     return loaded is not None
 
 

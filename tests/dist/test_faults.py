@@ -159,20 +159,28 @@ def test_a_nan_step_is_skipped_on_every_rank(run, stage, tmp_path):
     assert all(weight.isfinite().all() for weight in run.weights().values())
 
 
-def test_nan_for_good_ends_the_run(run):
+def test_nan_for_good_ends_the_run(run, undisturbed):
     ended = run.to_end("nan_on@10:1", "--max_skipped_steps", "3")
     assert ended.code != 0
     assert "error: 3 steps in a row were skipped, up to step 12" in ended.text
     assert run.kept() == [8] and run.state()["state"] == "error"
+    goes_on_as_if_nothing_had_happened(run, undisturbed, from_step=8)
 
 
-def test_a_corrupt_file_in_the_data(run, rows_file, tmp_path):
-    torn = tmp_path / "torn.jsonl"
+def test_a_corrupt_file_in_the_data(run, undisturbed, rows_file, tmp_path):
+    """Torn between two starts of a run, and mended."""
+    mine = ["--train_file", str(tmp_path / "rows.jsonl"), "--on_bad_row", "error"]
+    shutil.copy(rows_file, tmp_path / "rows.jsonl")
+    run.command = [*run.command, *mine]
+    assert run.to_end("none", "--stop_after_steps", "8").code == 0
     lines = rows_file.read_text(encoding="utf-8").splitlines()
-    torn.write_text("\n".join([*lines[:12], lines[12][:20], *lines[13:]]) + "\n", encoding="utf-8")
-    ended = run.to_end("none", "--train_file", str(rows_file), str(torn), "--on_bad_row", "error")
-    assert ended.code != 0 and "torn.jsonl" in ended.text and "13" in ended.text
-    assert run.kept() == [] and run.state()["state"] == "error"
+    torn = "\n".join([*lines[:12], lines[12][:20], *lines[13:]]) + "\n"
+    (tmp_path / "rows.jsonl").write_text(torn, encoding="utf-8")
+    ended = run.to_end()
+    assert ended.code != 0 and "rows.jsonl:13" in ended.text
+    assert run.kept() == [8] and run.state()["state"] == "error"
+    shutil.copy(rows_file, tmp_path / "rows.jsonl")
+    goes_on_as_if_nothing_had_happened(run, undisturbed, from_step=8)
 
 
 def test_damaged_shards(run, undisturbed):

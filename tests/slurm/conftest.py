@@ -1,6 +1,7 @@
 """A SLURM cluster of two nodes on this machine, for the shipped job scripts; skipped, with the reason, where it can't.
 
-The scripts run as they are, but for sizes: one task per node, no GPU, a tiny model. See cluster/up.sh.
+The scripts run as they are, but for sizes: one task per node, no GPU, a tiny model. The health check, some seconds of
+each start, is left to the tests that are about it. See cluster/up.sh.
 """
 
 from __future__ import annotations
@@ -158,7 +159,7 @@ def cluster(tmp_path_factory):
             folder,
             {
                 "EXPECT_GPUS": "0", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1",
-                "DEEPSPEED_TIMEOUT": "2",
+                "DEEPSPEED_TIMEOUT": "2", "HEALTH_CHECK": "0", "LOOK_EVERY": "2",
             },
         )  # fmt: skip
     finally:
@@ -188,7 +189,8 @@ def settings(model_folder, rows_file, tmp_path_factory) -> list[str]:  # noqa: F
 @pytest.fixture(scope="session")
 def undisturbed(cluster, settings, tmp_path_factory) -> Job:
     """The job that nothing happened to."""
-    job = cluster.submit("slurm/train_70b.sh", tmp_path_factory.mktemp("undisturbed") / "run", *settings)
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    job = cluster.submit("slurm/train_70b.sh", folder, *settings, HEALTH_CHECK="1")
     job.end()
     return job
 
