@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from cc_ds import CCModelForCausalLM, cli
 from cc_ds.dist import writer
 from cc_ds.dist.group import group_left_after
+from cc_ds.feed import StepFeed
 from cc_ds.train import main
 from cc_ds.trainer import Trainer
 
@@ -38,18 +39,21 @@ def inject(fault: str, step: int, rank: int) -> None:
     if int(os.environ["RANK"]) != rank:
         return
     now = {"step": 0}
-    next_batch = Trainer._next_batch
+    train_step, next_of_feed = Trainer.train_step, StepFeed.__next__
     save = writer.CheckpointWriter.save
 
-    def watched_next_batch(self):
+    def watched_train_step(self):
         now["step"] = self.step + 1
+        train_step(self)
+
+    def watched_next(self):
         if now["step"] == step and fault in ("kill", "hang"):
             stamp()
         if now["step"] == step and fault == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         if now["step"] == step and fault == "hang":
             time.sleep(600)
-        return next_batch(self)
+        return next_of_feed(self)
 
     def watched_save(self, state_dict, path):
         if now["step"] == step and fault == "kill_save":
@@ -58,7 +62,7 @@ def inject(fault: str, step: int, rank: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         save(self, state_dict, path)
 
-    Trainer._next_batch, writer.CheckpointWriter.save = watched_next_batch, watched_save
+    Trainer.train_step, StepFeed.__next__, writer.CheckpointWriter.save = watched_train_step, watched_next, watched_save
     if fault in ("nan", "nan_on"):
         forward = CCModelForCausalLM.forward
 

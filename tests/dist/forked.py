@@ -3,7 +3,8 @@ imported everything: a case costs seconds, not the imports.
 
 python tests/dist/forked.py cases.json      # [{"ranks": 2, "command": ["--output_dir", ...], "rows": FOLDER}, ...]
 
-With "rows", rank N of the case appends the rows of each micro-batch to FOLDER/N.jsonl: {"step": ..., "rows": [...]}.
+With "rows", rank N of the case appends its rows of each step to FOLDER/N.jsonl: {"position": rows dealt to all ranks so
+far, "rows": [...]}.
 A case that fails ends the whole, unless it has "fails": true.
 """
 
@@ -19,21 +20,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from cc_ds import cli
 from cc_ds.dist.group import group_left_after
+from cc_ds.feed import StepFeed
 from cc_ds.train import main
-from cc_ds.trainer import Trainer
 
 
 def record_rows(file: Path) -> None:
-    """Keep what the trainer is dealt."""
-    next_batch = Trainer._next_batch
+    """Keep what a rank is dealt."""
+    next_step = StepFeed.__next__
 
     def recorded(self):
-        batch, noise = next_batch(self)
+        step = next_step(self)
+        line = {"position": self.stream.position, "rows": step.sources}
         with open(file, "a", encoding="utf-8") as sink:
-            sink.write(json.dumps({"step": self.step + 1, "rows": list(batch.sources)}) + "\n")
-        return batch, noise
+            sink.write(json.dumps(line) + "\n")
+        return step
 
-    Trainer._next_batch = recorded
+    StepFeed.__next__ = recorded
 
 
 def as_rank(case: dict, rank: int, port: int) -> None:

@@ -127,7 +127,7 @@ def test_one_misfortune_after_another(run, undisturbed):
     ended = run.to_end("hang@11:1", "--step_timeout", "8")
     assert ended.code != 0 and ended.seconds < 60
     assert re.search(r"exitcode\s*: 124", ended.text), ended.text[-3000:]
-    assert "watched_next_batch" in run.log(1) and "no step for 8 seconds after step 10" in run.log(0)
+    assert "watched_next" in run.log(1) and "no step for 8 seconds after step 10" in run.log(0)
 
     goes_on_as_if_nothing_had_happened(run, undisturbed, from_step=8)
     assert not list(run.output_dir.glob("*.partial-*"))

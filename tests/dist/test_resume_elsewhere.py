@@ -71,11 +71,11 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def dealt(folder: Path) -> dict[int, list[str]]:
-    """The rows of each step, over all ranks."""
+    """The rows of each step, over all ranks, by the number of rows dealt after it."""
     steps: dict[int, list[str]] = {}
     for file in folder.glob("*.jsonl"):
         for line in map(json.loads, file.read_text(encoding="utf-8").splitlines()):
-            steps.setdefault(line["step"], []).extend(line["rows"])
+            steps.setdefault(line["position"], []).extend(line["rows"])
     return {step: sorted(rows) for step, rows in sorted(steps.items())}
 
 
@@ -83,7 +83,7 @@ def dealt(folder: Path) -> dict[int, list[str]]:
 def test_as_if_nothing_had_changed(stage, before, after, runs):
     run, whole = runs / f"{stage}-{before}-{after}", runs / "whole"
     first, second = dealt(Path(f"{run}-before")), dealt(Path(f"{run}-after"))
-    assert list(first) == [1, 2] and list(second) == [3, 4, 5, 6]
+    assert list(first) == [8, 16] and list(second) == [24, 32, 40, 48]
     assert first | second == dealt(Path(f"{whole}-rows"))
     torch.testing.assert_close(losses(run), losses(whole), atol=1e-5, rtol=0)
     found, expected = weights(run), weights(whole)
