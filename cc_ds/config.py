@@ -178,6 +178,10 @@ class TrainConfig:
             _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         _require(0 <= self.warmup_ratio <= 1, "warmup_ratio", self.warmup_ratio, "between 0 and 1")
 
+    def rows_per_step(self, ranks: int) -> int:
+        """Rows of an optimiser step, over all micro-batches and data-parallel ranks."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * ranks
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Config:

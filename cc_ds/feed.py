@@ -54,8 +54,7 @@ class StepFeed:
         train = config.train
         self.group, self.train, self.pad_token_id, self.num_layers = group, train, pad_token_id, num_layers
         self.row_cost, self.english_dropout = row_cost, config.cc.english_dropout
-        rows_per_step = train.per_device_train_batch_size * train.gradient_accumulation_steps * group.world_size
-        self.stream = BatchStream(rows, rows_per_step, seed=train.seed)
+        self.stream = BatchStream(rows, train.rows_per_step(group.world_size), seed=train.seed)
         self.lengths = RowLengths.of(rows)
         longest, limit = int(self.lengths.target.max()), train.max_tokens_per_micro_batch
         if limit and longest > limit:

@@ -30,15 +30,10 @@ from cc_ds.run_state import RunState
 from cc_ds.telemetry import log
 
 
-def rows_per_step(train: TrainConfig, ranks: int) -> int:
-    """Rows of an optimiser step, over all micro-batches and data-parallel ranks."""
-    return train.per_device_train_batch_size * train.gradient_accumulation_steps * ranks
-
-
 def layout_state(engine, group: Group, train: TrainConfig) -> dict[str, Any]:
     """What `trainer_state.json` says of who wrote a checkpoint."""
     layout = Layout.of(engine, group.world_size)
-    return {"layout": asdict(layout), "rows_per_step": rows_per_step(train, group.world_size)}
+    return {"layout": asdict(layout), "rows_per_step": train.rows_per_step(group.world_size)}
 
 
 def keep_rows_per_step(config: Config, path: Path | None, ranks: int) -> Config:
@@ -53,14 +48,14 @@ def keep_rows_per_step(config: Config, path: Path | None, ranks: int) -> Config:
         return config
     state, train = checkpoints.read_state(path), config.train
     wanted, former = state["rows_per_step"], state["layout"]["data_parallel"]
-    if rows_per_step(train, ranks) == wanted:
+    if train.rows_per_step(ranks) == wanted:
         return config
     per_pass = train.per_device_train_batch_size * ranks
     if former == ranks or wanted % per_pass:
         raise ValueError(
             f"{path} was written by {former} ranks with {wanted} rows a step; {ranks} ranks of "
             f"{train.per_device_train_batch_size} rows and {train.gradient_accumulation_steps} micro-batches take "
-            f"{rows_per_step(train, ranks)}, and the schedule counts steps: choose --per_device_train_batch_size and "
+            f"{train.rows_per_step(ranks)}, and the schedule counts steps: choose --per_device_train_batch_size and "
             f"--gradient_accumulation_steps so that their product is {wanted / ranks:g}"
         )
     steps = wanted // per_pass

@@ -30,7 +30,7 @@ from cc_ds.dist.watchdog import Watchdog
 from cc_ds.dist.zero import GatherOrders
 from cc_ds.feed import StepFeed
 from cc_ds.guard import Guard, poison_if_not_finite
-from cc_ds.resume import layout_state, load_checkpoint, rows_per_step
+from cc_ds.resume import layout_state, load_checkpoint
 from cc_ds.run_state import RunState
 from cc_ds.telemetry import Telemetry, Window, flops_per_token, log, peak_flops, peak_memory_bytes, row_cost
 
@@ -268,4 +268,4 @@ def count_steps(config: Config, rows: int, world_size: int) -> int:
     train = config.train
     if train.max_steps > 0:
         return train.max_steps
-    return max(1, math.ceil(rows * train.num_train_epochs / rows_per_step(train, world_size)))
+    return max(1, math.ceil(rows * train.num_train_epochs / train.rows_per_step(world_size)))

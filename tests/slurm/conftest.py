@@ -172,15 +172,15 @@ def cluster(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def settings(model_folder, rows_file, tmp_path_factory) -> list[str]:  # noqa: F811
-    """Arguments of a small training: 160 steps, a checkpoint every 20."""
+    """Arguments of a small training: 60 steps, a checkpoint every 10."""
     config = tmp_path_factory.mktemp("settings") / "tiny.yaml"
     zero = config.with_name("zero3.json")
     zero.write_text(json.dumps({"zero_optimization": {"stage": 3}}), encoding="utf-8")
     values = {
         "model_name_or_path": str(model_folder), "train_file": str(rows_file), "chat_template": "plain",
         "output_dir": "unused", "data_cache_dir": str(config.with_name("cache")), "learning_rate": 1e-3,
-        "max_length": 32, "max_english_length": 32, "per_device_train_batch_size": 2, "max_steps": 160,
-        "save_steps": 20, "logging_steps": 5, "deepspeed": str(zero), "step_timeout": 60,
+        "max_length": 32, "max_english_length": 32, "per_device_train_batch_size": 2, "max_steps": 60,
+        "save_steps": 10, "logging_steps": 2, "deepspeed": str(zero), "step_timeout": 60,
     }  # fmt: skip
     config.write_text("".join(f"{name}: {json.dumps(value)}\n" for name, value in values.items()), encoding="utf-8")
     return ["--config", str(config)]
