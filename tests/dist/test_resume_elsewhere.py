@@ -1,4 +1,6 @@
-"""A run that goes on with more or fewer ranks ends as the one that was never stopped, and deals the same rows. Dropout is off: it is drawn by rank.
+"""A run that goes on with more or fewer ranks ends as the one that was never stopped, and deals the same rows.
+
+Dropout is off: it is drawn by rank.
 """
 
 from __future__ import annotations
