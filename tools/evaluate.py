@@ -1,73 +1,107 @@
-"""Ask a model the questions of a task and print its scores by language.
+"""Ask a model the questions of one or more tasks and print its scores by language.
 
     python tools/evaluate.py --model runs/demo/model_with_transform --task atlas
+    torchrun --nproc_per_node 8 tools/evaluate.py --model outputs/8b --task XNLI MKQA --output_dir outputs/8b/evaluation
 
-Without --data the task is the Atlas demo's test split; --data names a file, or a folder with one L.jsonl per language
-(columns: see cc_ds/eval/tasks.py). Modes: plain (no connection), transform (as deployed), english (connected to the
-real English prompt: the upper bound). The default is transform where the model has one, else plain.
+Tasks: atlas (the demo's test split), XNLI, XStoryCloze, MMMLU, XQuAD, MKQA, XLSum (from their Hugging Face data sets,
+or from copies in --hub_dir), or rows of your own, which --data names: a file, or a folder with one L.jsonl per language
+(columns: see cc_ds/eval/tasks.py). With several tasks --data is a folder that holds one folder per task.
+
+Modes: plain (no connection), transform (as deployed), english (connected to the real English prompt: the upper bound).
+The default is transform where the model has one, else plain.
+
+Under --output_dir, TASK.json holds scores and every answer, TASK.txt the table, TASK.png the figure, and TASK.answers
+what was answered so far: a run that was killed goes on there. Ranks of torchrun or srun share the rows.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # a file of tools/ must not shadow a library
 
 from cc_ds import cli
-from cc_ds.eval.run import MODES, evaluate, format_table, write_json
-from cc_ds.eval.tasks import EvalRow, load_task
+from cc_ds.dist.group import Group, group_left_after, start_group
+from cc_ds.eval.journal import Journal, model_fingerprint
+from cc_ds.eval.metrics import METRICS
+from cc_ds.eval.report import format_table, plot_languages
+from cc_ds.eval.run import MODES, EvalResult, evaluate, write_json
+from cc_ds.eval.tasks import Task, load_task
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = cli.tool_parser(__doc__)
-    parser.add_argument("--task", default="atlas", help="atlas, or a name for what --data holds (default atlas)")
-    parser.add_argument("--data", help="file or folder of rows")
+    parser.add_argument("--task", nargs="+", default=["atlas"], help="which tasks (default atlas)")
+    parser.add_argument("--data", type=Path, help="file or folder of rows")
+    parser.add_argument("--hub_dir", type=Path, help="folder with copies of the benchmarks' data sets (OWNER/NAME)")
+    parser.add_argument("--metrics", nargs="+", choices=sorted(METRICS), help="in place of the task's own")
     parser.add_argument("--mode", choices=MODES, help="default: transform where the model has one, else plain")
     parser.add_argument("--langs", nargs="+", help="only these languages")
     parser.add_argument("--limit", type=cli.positive, help="at most so many rows of each language, the first ones")
-    parser.add_argument("--max_new_tokens", type=cli.positive, default=64, help="per answer (default 64)")
-    parser.add_argument("--output", type=Path, help="json file for scores and answers")
+    parser.add_argument("--max_new_tokens", type=cli.positive, help="per answer (default: 40 for benchmarks, else 64)")
+    parser.add_argument("--output_dir", type=Path, help="folder for scores, answers, tables and figures")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    rows = choose(load_task(args.task, args.data, seed=args.seed).rows, args.langs, args.limit)
+    group = start_group() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else Group.alone()
+    if group.world_size > 1 and args.device is None:
+        args.device = str(group.device)
+    with group.main_first():  # what comes from the hub is fetched once
+        tasks = [load(name, args) for name in args.task]
     model, tokenizer, template = cli.load_model(args)
     mode = args.mode or ("plain" if model.transform is None else "transform")
-    result = evaluate(
-        model,
-        tokenizer,
-        template,
-        rows,
-        mode=mode,
-        batch_size=args.batch_size,
-        max_new_tokens=args.max_new_tokens,
-        seed=args.seed,
-    )
-    print(format_table(result))
-    if args.output:
-        write_json(result, args.output, model=args.model, task=args.task, data=args.data, seed=args.seed)
-
-
-def choose(rows: list[EvalRow], langs: list[str] | None, limit: int | None) -> list[EvalRow]:
-    """Rows of these languages, at most `limit` of each."""
-    if unknown := set(langs or ()) - {row.lang for row in rows}:
-        raise ValueError(
-            f"no rows in {', '.join(sorted(unknown))}; there are {', '.join(sorted({r.lang for r in rows}))}"
+    for task in tasks:
+        result = evaluate(
+            model,
+            tokenizer,
+            template,
+            task,
+            mode=mode,
+            batch_size=args.batch_size,
+            max_new_tokens=args.max_new_tokens,
+            seed=args.seed,
+            group=group,
+            journal=Journal(args.output_dir / f"{task.name}.answers", model_fingerprint(args.model))
+            if args.output_dir
+            else None,
         )
+        if group.is_main:
+            report(result, args, group.world_size)
+
+
+def load(name: str, args: argparse.Namespace) -> Task:
+    """The task, at most `--limit` rows of each language."""
+    data = args.data / name if args.data and len(args.task) > 1 else args.data
+    task = load_task(name, data, seed=args.seed, langs=args.langs, metrics=args.metrics, hub_dir=args.hub_dir)
     taken: Counter[str] = Counter()
-    chosen = []
-    for row in rows:
-        if (langs is None or row.lang in langs) and (limit is None or taken[row.lang] < limit):
-            taken[row.lang] += 1
-            chosen.append(row)
-    return chosen
+    rows = []
+    for row in task.rows:
+        taken[row.lang] += 1
+        if args.limit is None or taken[row.lang] <= args.limit:
+            rows.append(row)
+    return replace(task, rows=rows)
+
+
+def report(result: EvalResult, args: argparse.Namespace, ranks: int) -> None:
+    """Print the table; write it, the json and the figure where a folder is named."""
+    table = format_table(result)
+    print(f"{result.task}\n{table}\n" if len(args.task) > 1 else table)
+    if args.output_dir is None:
+        return
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    write_json(result, args.output_dir / f"{result.task}.json", model=args.model, ranks=ranks, settings=settings)
+    (args.output_dir / f"{result.task}.txt").write_text(table + "\n", encoding="utf-8")
+    plot_languages(result, args.output_dir / f"{result.task}.png")
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    with group_left_after():
+        cli.run(main)

@@ -102,7 +102,8 @@ def _languages(results: Results) -> list[str]:
 def _values(results: Results, arm: str, language: str | None) -> list[float]:
     """Exact match in percent, one value per seed; language None: the mean over languages."""
     scores = [result["scores"][arm] for result in results]
-    return [100 * (s.macro if language is None else s.languages[language]).exact_match for s in scores]
+    scores = [s.macro if language is None else s.languages[language] for s in scores]
+    return [100 * score.metrics["exact_match"].mean for score in scores]
 
 
 def _cell(values: list[float]) -> str:

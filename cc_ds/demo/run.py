@@ -135,12 +135,12 @@ def run_seed(seed: int, paths: DemoPaths, config: str, stages: Stages) -> dict[s
         fit = fit_model(*models["cc"], rows, seed=seed, batch_size=64, held_out=0.15)
         save_fitted(*models["cc"][:2], fit, paths.connected(seed))
         scores = {}
-        questions = load_task("atlas", paths.atlas / "test.jsonl").rows
+        questions = load_task("atlas", paths.atlas / "test.jsonl")
         for arm, (method, mode, _) in ARMS.items():
             scores[arm] = evaluate(*models[method], questions, mode=mode, batch_size=64, max_new_tokens=24)
             name = "-".join(("scores", method, mode)) + ".json"
             write_json(scores[arm], paths.tuned(method, seed) / name)
-            stages.say(f"{arm:<26} {scores[arm].macro.exact_match:6.1%} exact match")
+            stages.say(f"{arm:<26} {scores[arm].macro.metrics['exact_match'].mean:6.1%} exact match")
     return {"seed": seed, "fit": fit, "scores": scores, "runs": {m: paths.tuned(m, seed) for m in ("sft", "cc")}}
 
 

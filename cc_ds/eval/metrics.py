@@ -1,53 +1,119 @@
-"""Scores for short answers in any language: exact match and inclusion after normalisation, and bootstrap intervals."""
+"""Scores of one response between 0 and 1, by name, and the rule behind each.
+
+A metric reads the response and a `Reference` (accepted answers, language, options). METRICS holds them by name; a task
+says which it wants (tasks.py, benchmarks.py). An empty response scores zero by every metric.
+"""
 
 from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
-import numpy as np
-
-
-def normalise(text: str) -> str:
-    """NFKC, casefold, punctuation and outer whitespace stripped, inner whitespace collapsed to one space.
-
-    Punctuation inside a text separates words ("rock'n'roll" -> "rock n roll"), except where it is part of a number:
-    between two digits ("3.0", "10:30") or as a minus sign ("-5"). Invisible format characters (zero-width joiners,
-    direction marks) go. A text of punctuation alone ("%") stays as it is, so that it can be an answer.
-    """
-    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
-    folded = "".join(char for char in folded if unicodedata.category(char) != "Cf").replace("\u2212", "-").strip()
-    kept = []
-    for place, char in enumerate(folded):
-        before, after = folded[place - 1 : place], folded[place + 1 : place + 2]
-        keep = not unicodedata.category(char).startswith("P") or _in_number(before, char, after)
-        kept.append(char if keep else " ")
-    return " ".join("".join(kept).split()) or " ".join(folded.split())
+from cc_ds.eval.text import answer_words, normalise, words
 
 
-def _in_number(before: str, char: str, after: str) -> bool:
-    """Whether punctuation `char` between these neighbours ("" at an end) belongs to a number."""
-    if not after.isdigit():
-        return False
-    return before.isdigit() or (char == "-" and (not before or before.isspace()))
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reference:
+    """What a response is compared with."""
+
+    answers: Sequence[str]
+    """Each counts as right; at least one. For a multiple choice: the key of the right option."""
+    lang: str = "und"
+    """Language of the answers."""
+    options: Mapping[str, str] = field(default_factory=dict)
+    """Of a multiple choice: key ("1", "B") -> the option's text, "" where it is not known."""
 
 
-def exact_match(prediction: str, answers: Sequence[str]) -> bool:
-    """Whether the normalised prediction equals a normalised accepted answer. An empty prediction never does."""
-    predicted = normalise(prediction)
-    return bool(predicted) and any(predicted == normalise(answer) for answer in answers)
+def exact_match(response: str, reference: Reference) -> float:
+    """1 where the normalised response equals a normalised accepted answer."""
+    said = normalise(response)
+    return float(bool(said) and any(said == normalise(answer) for answer in reference.answers))
 
 
-def inclusion(prediction: str, answers: Sequence[str]) -> bool:
-    """Whether one of the normalised accepted answers stands inside the normalised prediction.
+def inclusion(response: str, reference: Reference) -> float:
+    """1 where one of the normalised accepted answers stands inside the normalised response.
 
     Affixes are allowed (Korean particles, Turkish and Swahili endings), as words are not split by spaces everywhere;
     but a number or a single Latin letter must not touch another letter or digit ("3" is not in "1937", nor "b" in
     "berlin").
     """
-    predicted = normalise(prediction)
-    return any(_stands_in(normalise(answer), predicted) for answer in answers)
+    said = normalise(response)
+    return float(any(_stands_in(normalise(answer), said) for answer in reference.answers))
+
+
+def squad_em(response: str, reference: Reference) -> float:
+    """1 where response and an answer have the same words after SQuAD's and MLQA's normalisation (`answer_words`)."""
+    said = answer_words(response, reference.lang)
+    return float(bool(said) and any(said == answer_words(answer, reference.lang) for answer in reference.answers))
+
+
+def f1(response: str, reference: Reference) -> float:
+    """Overlap of words with the best of the answers, as SQuAD and MLQA count it (`answer_words`)."""
+    said = Counter(answer_words(response, reference.lang))
+    return max(
+        _f_measure(sum((said & wanted).values()), said.total(), wanted.total())
+        for wanted in (Counter(answer_words(answer, reference.lang)) for answer in reference.answers)
+    )
+
+
+def rouge_l(response: str, reference: Reference) -> float:
+    """ROUGE-L: F1 of the longest common subsequence of `words`, against the best of the answers; no stemming.
+
+    In Latin script without diacritics it equals Google's rouge_score with use_stemmer=False.
+    """
+    said = words(response)
+    return max(
+        _f_measure(_common_subsequence(said, wanted), len(said), len(wanted))
+        for wanted in (words(answer) for answer in reference.answers)
+    )
+
+
+def choice(response: str, reference: Reference) -> float:
+    """1 where the option that the response names (`chosen_option`) is the right one."""
+    return float(chosen_option(response, reference.options) in reference.answers)
+
+
+METRICS: dict[str, Callable[[str, Reference], float]] = {
+    "exact_match": exact_match,
+    "inclusion": inclusion,
+    "squad_em": squad_em,
+    "f1": f1,
+    "rouge_l": rouge_l,
+    "choice": choice,
+}
+
+
+def chosen_option(response: str, options: Mapping[str, str]) -> str | None:
+    """The key of the option that a response names, or None where it names none.
+
+    The first of these that is found: a key that opens the response and is all of it, or is followed by punctuation or
+    a line break; a key in brackets; a key that stands alone (an "A" before a small letter is an article); a key that
+    opens the response; the text of an option, where the response holds exactly one. Digits of every script count.
+    """
+    if not options:
+        return None
+    text = _ascii_digits(unicodedata.normalize("NFKC", response).strip())
+    # The longest first: none of "1" where "10" is meant.
+    keys = "|".join(re.escape(key) for key in sorted(options, key=len, reverse=True))
+    opening = rf"[\W_]*({keys})"
+    for pattern, flags in (
+        (rf"^{opening}\s*(?:$|\n|[^\w\s.,]|[.,](?!\d))", re.IGNORECASE),
+        (rf"\(\s*({keys})\s*\)", 0),
+        (rf"(?<![A-Za-z\d])(?<!\d[.,])(?!A\s+[a-z])({keys})(?![A-Za-z\d]|[.,]\d)", 0),
+        (rf"^{opening}(?![A-Za-z\d]|[.,]\d)", 0),
+    ):
+        if match := re.search(pattern, text, flags):
+            return next(key for key in options if key.casefold() == match.group(1).casefold())
+    said = normalise(response)
+    named = [key for key, option in options.items() if _stands_in(normalise(option), said)]
+    return named[0] if len(named) == 1 else None
+
+
+def _ascii_digits(text: str) -> str:
+    return "".join(str(unicodedata.digit(char)) if char.isdecimal() else char for char in text)
 
 
 def _stands_in(answer: str, text: str) -> bool:
@@ -58,24 +124,18 @@ def _stands_in(answer: str, text: str) -> bool:
     return answer in text
 
 
-def bootstrap_interval(
-    scores: Mapping[str, Sequence[float]], seed: int = 0, resamples: int = 1000, level: float = 0.95
-) -> tuple[float, float]:
-    """Percentile bootstrap interval of the macro average: rows are redrawn within each group, groups weigh the same.
+def _f_measure(common: int, said: int, wanted: int) -> float:
+    """Harmonic mean of common / said and common / wanted."""
+    return 2 * common / (said + wanted) if common else 0.0
 
-    `scores`: one list of row scores per group (language), none empty; a single group gives the interval of its mean.
-    Rows count as independent: where groups hold translations of one item, the interval of the average is too narrow.
-    The same seed gives the same interval.
-    """
-    if not scores or not all(len(values) for values in scores.values()):
-        raise ValueError("a bootstrap interval needs at least one score in every group")
-    rng = np.random.default_rng(seed)
-    means = np.zeros(resamples)
-    for values in scores.values():
-        array = np.asarray(values, dtype=np.float64)
-        # One resample at a time: resamples x rows indices at once would not fit for large groups.
-        means += [array[rng.integers(len(array), size=len(array))].mean() for _ in range(resamples)]
-    means /= len(scores)
-    tail = (1 - level) / 2
-    low, high = np.quantile(means, [tail, 1 - tail])
-    return float(low), float(high)
+
+def _common_subsequence(a: Sequence[str], b: Sequence[str]) -> int:
+    """Length of the longest common subsequence."""
+    lengths = [0] * (len(b) + 1)
+    for token in a:
+        diagonal = 0
+        for place, other in enumerate(b, start=1):
+            above = lengths[place]
+            lengths[place] = diagonal + 1 if token == other else max(above, lengths[place - 1])
+            diagonal = above
+    return lengths[-1]

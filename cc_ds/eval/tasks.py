@@ -1,7 +1,7 @@
 """What a model is asked in an evaluation: rows with a prompt, accepted answers, a language, maybe an English prompt.
 
-`load_task` reads them from a file, from a folder with one L.jsonl per language, or from the Atlas demo's test split.
-Columns of a row:
+`load_task` reads them from a file, from a folder with one L.jsonl per language, from the six benchmarks' data sets on
+the Hugging Face hub (hub.py), or from the Atlas demo's test split. Columns of a row in a file:
     instruction (and input), prompt, or messages    what the model is asked; one of the three
     instruction_en, prompt_en, or messages_en       the same in English; optional
     answers, answer, or output                      a string, or a list of strings that each count as right
@@ -10,7 +10,7 @@ Columns of a row:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,54 +18,115 @@ from typing import Any
 from cc_ds.data.columns import FORMS
 from cc_ds.data.pairs import BadRow, to_row
 from cc_ds.data.sources import open_source
+from cc_ds.eval.benchmarks import BENCHMARKS
+from cc_ds.eval.metrics import METRICS, Reference
+from cc_ds.eval.rows import EvalRow, options_of
+from cc_ds.eval.text import spellings
 
 _ANSWER_COLUMNS = ("answers", "answer", "output")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class EvalRow:
-    """One question."""
-
-    prompt: list[dict[str, str]]
-    """Messages, ending with the user's."""
-    answers: tuple[str, ...]
-    """Each counts as right; at least one, none empty."""
-    lang: str
-    """Language of the prompt."""
-    prompt_en: list[dict[str, str]] | None
-    """The same prompt in English, for the upper bound."""
-    where: str
-    """File and row, for messages."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Task:
-    """A named list of rows."""
+    """A named list of rows and how responses to them are scored."""
 
     name: str
     """For the report."""
     rows: list[EvalRow]
     """Never empty."""
+    rules: Mapping[str, str]
+    """Name of a score -> the metric that gives it (metrics.py); the first is the headline."""
+    spell_out: bool = False
+    """Whether numbers and dates are accepted in any usual spelling."""
+    max_new_tokens: int = 64
+    """Tokens that a response may have unless the user says otherwise."""
+
+    @property
+    def headline(self) -> str:
+        """The score that figures and comparisons show first."""
+        return next(iter(self.rules))
+
+    def score(self, row: EvalRow, response: str) -> dict[str, float]:
+        """Every score of one response, between 0 and 1; zero for an empty one."""
+        answers = row.answers
+        if self.spell_out:
+            answers = [spelling for answer in answers for spelling in spellings(answer, row.lang)]
+        reference = Reference(answers=answers, lang=row.lang, options=row.options)
+        return {name: METRICS[metric](response, reference) for name, metric in self.rules.items()}
 
 
-def load_task(name: str, path: str | Path | None = None, seed: int = 0) -> Task:
-    """Load a task: rows from `path` under any `name`, or, without a path, the built-in one called "atlas".
+def load_task(
+    name: str,
+    path: str | Path | None = None,
+    seed: int = 0,
+    langs: Iterable[str] | None = None,
+    metrics: Iterable[str] | None = None,
+    hub_dir: str | Path | None = None,
+) -> Task:
+    """Load a task: rows from `path` under any `name`; without a path, a benchmark of benchmarks.py or "atlas".
 
-    `path`: a file (json, jsonl, csv, parquet, arrow), or a folder of L.jsonl files. In a folder where no row has an
-    English prompt and en.jsonl has as many rows as each other file, row i of en.jsonl is row i's English prompt
-    (the layout of benchmarks translated row by row). `seed`: of the Atlas. ValueError: names file and row.
+    Args:
+        name: of a benchmark (in any case), whose rules then hold for rows from a path too; else of your choice.
+        path: a file (json, jsonl, csv, parquet, arrow), or a folder of L.jsonl files. In a folder where no row has an
+            English prompt and en.jsonl has as many rows as each other file, row i of en.jsonl is row i's English prompt
+            (the layout of benchmarks translated row by row).
+        seed: of the Atlas.
+        langs: only these languages.
+        metrics: in place of the task's own; names of metrics.py.
+        hub_dir: a folder with copies of the benchmarks' repositories (hub.py).
+
+    Raises:
+        ValueError: a broken row, named with its file; an unknown task or metric; a language that has no rows.
     """
+    name = next((known for known in BENCHMARKS if known.casefold() == name.casefold()), name)
+    benchmark = BENCHMARKS.get(name)
     if path is not None:
         rows = _read_folder(Path(path)) if Path(path).is_dir() else _read_file(Path(path))
+        if benchmark and benchmark.options:
+            rows = [_with_options(row, benchmark.options) for row in rows]
+    elif benchmark:
+        from cc_ds.eval.hub import load_benchmark
+
+        rows = load_benchmark(name, langs, hub_dir)
     elif name == "atlas":
         from cc_ds.demo.atlas import build_atlas
 
         rows = [_row(record, f"atlas test, row {n}", None) for n, record in enumerate(build_atlas(seed).test, start=1)]
     else:
         raise ValueError(
-            f'unknown task {name!r}: the built-in task is "atlas"; for another, name its file or folder (--data)'
+            f"unknown task {name!r}: there are atlas, {', '.join(BENCHMARKS)}; for another, name its file or folder "
+            "(--data)"
         )
-    return Task(name=name, rows=rows)
+    task = Task(name=name, rows=_only(rows, langs), rules=_rules(metrics or ("exact_match", "inclusion")))
+    if benchmark is None:
+        return task
+    return replace(
+        task,
+        rules=_rules(metrics) if metrics else benchmark.rules,
+        spell_out=benchmark.spell_out,
+        max_new_tokens=benchmark.max_new_tokens,
+    )
+
+
+def _rules(metrics: Iterable[str]) -> dict[str, str]:
+    names = list(metrics)
+    if unknown := [name for name in names if name not in METRICS]:
+        raise ValueError(f"unknown metrics {', '.join(unknown)}: there are {', '.join(METRICS)}")
+    return dict(zip(names, names))
+
+
+def _only(rows: list[EvalRow], langs: Iterable[str] | None) -> list[EvalRow]:
+    wanted = None if langs is None else set(langs)
+    there = {row.lang for row in rows}
+    if wanted is not None and (unknown := wanted - there):
+        raise ValueError(f"no rows in {', '.join(sorted(unknown))}; there are {', '.join(sorted(there))}")
+    return [row for row in rows if wanted is None or row.lang in wanted]
+
+
+def _with_options(row: EvalRow, keys: str) -> EvalRow:
+    if not set(row.answers) <= set(keys):
+        raise ValueError(f"{row.where}: the answer {row.answers} is none of the options {', '.join(keys)}")
+    return replace(row, options=options_of(row.prompt[-1]["content"], keys))
 
 
 def _read_file(path: Path) -> list[EvalRow]:

@@ -1,85 +1,147 @@
-"""Normalisation, exact match and inclusion over scripts; the bootstrap against the binomial's own spread."""
+"""Scores of one response against values computed by hand, and ROUGE-L against Google's package."""
 
 from __future__ import annotations
 
-import math
+import random
 
 import pytest
 
-from cc_ds.eval.metrics import bootstrap_interval, exact_match, inclusion, normalise
+from cc_ds.eval import metrics
+from cc_ds.eval.metrics import Reference, chosen_option
+
+XNLI = {"1": "Entail", "2": "Neutral", "3": "Contradict"}
+MMMLU = {"A": "0", "B": "Four dogs", "C": "two", "D": "six"}
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("  Addis  Ababa.\n", "addis ababa"),
-        ("Straße", "strasse"),
-        ("「東京」。", "東京"),
-        ("１２３", "123"),
-        ("\u210co\u2115", "hon"),
-        ("rock'n'roll", "rock n roll"),
-        ("3.0", "3.0"),
-        ("1,000.", "1,000"),
-        ("10:30", "10:30"),
-        ("-5", "-5"),
-        ("\u22125", "-5"),
-        ("a-5", "a 5"),
-        ("(B)", "b"),
-        ("ما؟", "ما"),
-        ("\u200fكابول\u200e", "كابول"),
-        ("cafe\u0301", "caf\u00e9"),
-        ("%", "%"),
-        (" \n ", ""),
-        ("", ""),
-    ],
-)
-def test_normalise(text, expected):
-    assert normalise(text) == expected
-    assert normalise(normalise(text)) == expected
+def score(metric: str, response: str, *answers: str, lang: str = "en") -> float:
+    return metrics.METRICS[metric](response, Reference(answers=answers, lang=lang))
 
 
 def test_exact_match_takes_any_accepted_answer():
-    assert exact_match("PARIS.", ["Lutetia", "paris"])
-    assert not exact_match("Paris is the capital", ["Paris"])
-    assert not exact_match("30", ["3.0"])
-    assert not exact_match("", ["Paris"])
-    assert not exact_match(" . ", ["Paris"])
-    assert exact_match("%", ["%"])
+    assert score("exact_match", "PARIS.", "Lutetia", "paris")
+    assert not score("exact_match", "Paris is the capital", "Paris")
+    assert not score("exact_match", "30", "3.0")
+    assert not score("exact_match", "", "Paris")
+    assert not score("exact_match", " . ", "Paris")
+    assert score("exact_match", "%", "%")
 
 
 def test_inclusion_allows_affixes_but_not_parts_of_numbers():
-    assert inclusion("The capital is Paris.", ["paris"])
-    assert inclusion("서울은 한국의 수도", ["서울"])
-    assert inclusion("答えは東京です", ["東京"])
-    assert inclusion("The answer is (B).", ["B"])
-    assert not inclusion("Berlin", ["B"])
-    assert inclusion("in 1937", ["1937"])
-    assert not inclusion("in 1937", ["3", "93"])
-    assert not inclusion("3.5 km", ["3"])
-    assert not inclusion("1.5 km", ["5"])
-    assert inclusion("3 km", ["3"])
-    assert not inclusion("", ["a"])
+    assert score("inclusion", "The capital is Paris.", "paris")
+    assert score("inclusion", "서울은 한국의 수도", "서울")
+    assert score("inclusion", "答えは東京です", "東京")
+    assert score("inclusion", "The answer is (B).", "B")
+    assert not score("inclusion", "Berlin", "B")
+    assert score("inclusion", "in 1937", "1937")
+    assert not score("inclusion", "in 1937", "3", "93")
+    assert not score("inclusion", "3.5 km", "3")
+    assert not score("inclusion", "1.5 km", "5")
+    assert score("inclusion", "3 km", "3")
+    assert not score("inclusion", "", "a")
 
 
-def test_bootstrap_has_the_spread_of_the_mean():
-    scores = [1.0] * 60 + [0.0] * 40
-    low, high = bootstrap_interval({"sw": scores}, seed=1, resamples=4000)
-    half_width = 1.96 * math.sqrt(0.6 * 0.4 / 100)
-    assert low == pytest.approx(0.6 - half_width, abs=0.015)
-    assert high == pytest.approx(0.6 + half_width, abs=0.015)
+@pytest.mark.parametrize(
+    ("lang", "response", "answer", "em", "f1"),
+    [
+        ("en", "the Denver Broncos", "Denver Broncos!", 1, 1),
+        ("en", "It was Denver", "Denver Broncos", 0, 2 * (1 / 3) * (1 / 2) / (1 / 3 + 1 / 2)),
+        ("en", "dog dog dog", "dog", 0, 0.5),  # counted as often as both have it
+        ("de", "Die Donau", "donau", 1, 1),
+        ("zh", "是东京。", "东京", 0, 2 * (2 / 3) * 1 / (2 / 3 + 1)),
+        ("th", "สี่ครั้ง", "สี่", 0, 2 * (1 / 4) * 1 / (1 / 4 + 1)),  # สี่ | ค รั้ ง
+        ("en", "", "Denver", 0, 0),
+        ("en", "!!", "Denver", 0, 0),
+    ],
+)
+def test_squad(lang, response, answer, em, f1):
+    assert score("squad_em", response, answer, lang=lang) == em
+    assert score("f1", response, answer, lang=lang) == pytest.approx(f1)
 
 
-def test_bootstrap_of_a_macro_average_weighs_groups_the_same_and_redraws_within_them():
-    # Groups without spread: redrawing across groups would give an interval, redrawing within gives a point.
-    assert bootstrap_interval({"a": [1.0] * 90, "b": [0.0] * 10}) == (0.5, 0.5)
-    one = bootstrap_interval({"a": [1.0, 0.0] * 50}, seed=0, resamples=4000)
-    two = bootstrap_interval({"a": [1.0, 0.0] * 50, "b": [0.0, 1.0] * 50}, seed=0, resamples=4000)
-    assert (two[1] - two[0]) / (one[1] - one[0]) == pytest.approx(math.sqrt(0.5), rel=0.1)
+def test_squad_takes_the_best_answer():
+    assert score("f1", "Denver Broncos", "Carolina Panthers", "the Broncos") == pytest.approx(2 / 3)
 
 
-def test_bootstrap_is_seeded_and_refuses_nothing():
-    scores = {"a": [0.0, 1.0, 1.0, 0.0, 1.0]}
-    assert bootstrap_interval(scores, seed=3) == bootstrap_interval(scores, seed=3)
-    for empty in ({}, {"a": []}):
-        with pytest.raises(ValueError, match="at least one score"):
-            bootstrap_interval(empty)
+@pytest.mark.parametrize(
+    ("lang", "response", "answer", "expected"),
+    [
+        ("en", "the cat sat on the mat", "the dog sat on a mat", 8 / 12),  # the sat on mat: 4 of 6 and 6
+        ("en", "mat the on", "the on mat", 4 / 6),
+        ("zh", "北京是首都", "首都是北京", 2 * 2 / 10),  # 北京, or 首都
+        ("ja", "東京へ行った", "東京に行く", 2 * 3 / 11),  # 東 京 行
+        ("th", "ไปที่นี่", "ไปนี่", 2 * 3 / 7),  # ไ ป (ที่) นี่
+        ("ar", "القط نام", "نام القط", 0.5),
+        ("en", "", "word", 0),
+    ],
+)
+def test_rouge_l(lang, response, answer, expected):
+    assert score("rouge_l", response, answer, lang=lang) == pytest.approx(expected)
+
+
+def test_rouge_l_equals_googles():
+    rouge_scorer = pytest.importorskip("rouge_score.rouge_scorer", reason="rouge-score is not installed")
+    google = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=False)
+    draw = random.Random(0)
+    for _ in range(50):
+        response, answer = (
+            " ".join(draw.choices(["a", "B,", "cat", "dog.", "e-mail", "it's"], k=draw.randint(1, 12))) for _ in "ab"
+        )
+        assert score("rouge_l", response, answer) == pytest.approx(google.score(answer, response)["rougeL"].fmeasure)
+
+
+@pytest.mark.parametrize(
+    ("response", "key"),
+    [
+        ("2", "2"),
+        ("(2) Neutral", "2"),
+        ("2. Neutral", "2"),
+        ("The answer is (3), not 1", "3"),
+        ("答案是2。", "2"),
+        ("الإجابة: ٢", "2"),
+        ("उत्तर १ है", "1"),
+        ("Neutral", "2"),
+        ("It is a contradiction: they contradict each other", "3"),
+        ("Entail or neutral", None),
+        ("12", None),
+        ("1.5", None),
+        ("In 2015 nothing happened", None),
+        ("", None),
+        ("no idea", None),
+    ],
+)
+def test_chosen_number(response, key):
+    assert chosen_option(response, XNLI) == key
+
+
+@pytest.mark.parametrize(
+    ("response", "key"),
+    [
+        ("B", "B"),
+        ("b.", "B"),
+        ("B) four", "B"),
+        ("**C**", "C"),
+        ("C\nbecause A is wrong", "C"),
+        ("The answer is D", "D"),
+        ("A good answer is B", "B"),
+        ("A is correct", "A"),
+        ("正确答案是B", "B"),
+        ("Berlin", None),
+        ("four dogs", "B"),
+        ("(A) 0", "A"),
+    ],
+)
+def test_chosen_letter(response, key):
+    assert chosen_option(response, MMMLU) == key
+
+
+def test_choice_and_no_options():
+    assert metrics.choice("(2)", Reference(answers=("2",), options=XNLI)) == 1
+    assert metrics.choice("(1)", Reference(answers=("2",), options=XNLI)) == 0
+    assert metrics.choice("", Reference(answers=("2",), options=XNLI)) == 0
+    assert chosen_option("2", {}) is None
+
+
+@pytest.mark.parametrize("metric", sorted(metrics.METRICS))
+def test_an_empty_response_scores_zero(metric):
+    reference = Reference(answers=("1",), lang="en", options=XNLI)
+    assert metrics.METRICS[metric]("", reference) == 0

@@ -10,9 +10,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from cc_ds.data.templates import RenderedPrompt
-from cc_ds.eval.run import evaluate, format_table, score, write_json
-from cc_ds.eval.tasks import EvalRow
-from cc_ds.infer.prompts import Response, length_batches, pad_prompts, respond
+from cc_ds.dist.group import Group
+from cc_ds.eval.journal import Answer, Journal
+from cc_ds.eval.report import format_table, plot_languages
+from cc_ds.eval.rows import EvalRow
+from cc_ds.eval.run import evaluate, score, write_json
+from cc_ds.eval.tasks import Task
+from cc_ds.infer.prompts import length_batches, pad_prompts, respond
 
 TOKENS = 6
 
@@ -65,8 +69,13 @@ def responses(result) -> list[str]:
     return [answer["response"] for answer in result.answers]
 
 
-def run(model, tokenizer, template, rows, mode):
-    return evaluate(model, tokenizer, template, rows, mode, batch_size=3, max_new_tokens=TOKENS)
+def task_of(rows, *metrics: str) -> Task:
+    metrics = metrics or ("exact_match", "inclusion")
+    return Task(name="numbers", rows=rows, rules=dict(zip(metrics, metrics)))
+
+
+def run(model, tokenizer, template, rows, mode, **more):
+    return evaluate(model, tokenizer, template, task_of(rows), mode, batch_size=3, max_new_tokens=TOKENS, **more)
 
 
 def test_plain_equals_the_stock_model_one_prompt_at_a_time(model, model_folder, tokenizer, template, rows):
@@ -155,34 +164,105 @@ def test_length_batches_cover_everything_once_longest_first():
 
 def scored() -> object:
     rows = [
-        EvalRow(prompt=turn("q"), answers=("Moja",), lang=lang, prompt_en=None, where="")
-        for lang in ("sw", "sw", "sw", "sw", "de")
+        EvalRow(prompt=turn(f"q{n}"), answers=("Moja",), lang=lang, prompt_en=None, where="")
+        for n, lang in enumerate(("sw", "sw", "sw", "sw", "de"))
     ]
     said = ["moja.", "ni moja", "", "mbili", "moja"]
-    return score(rows, [Response(text, 2) for text in said], mode="plain", seconds=2.0)
+    answers = [Answer(text=text, tokens_in=10, tokens_out=2, seconds=0.4) for text in said]
+    return score(task_of(rows), answers, mode="plain")
 
 
-def test_scores_by_language_and_macro():
+def means(score) -> tuple[float, ...]:
+    return tuple(metric.mean for metric in score.metrics.values())
+
+
+def test_scores_by_language_group_and_macro():
     result = scored()
     swahili = result.languages["sw"]
-    assert (swahili.rows, swahili.exact_match, swahili.inclusion, swahili.empty) == (4, 0.25, 0.5, 1)
-    assert result.languages["de"].exact_match == 1
-    macro = result.macro
-    assert (macro.rows, macro.exact_match, macro.inclusion, macro.empty) == (5, 0.625, 0.75, 1)
-    low, high = swahili.exact_match_interval
-    assert 0 <= low <= 0.25 <= high <= 1 and low < high
-    assert result.languages["de"].exact_match_interval == (1, 1)
-    assert result.generated_tokens == 10
+    assert (swahili.rows, swahili.empty, means(swahili)) == (4, 1, (0.25, 0.5))
+    assert means(result.languages["de"]) == (1, 1)
+    assert (result.macro.rows, result.macro.empty, means(result.macro)) == (5, 1, (0.625, 0.75))
+    assert result.groups == {"high": result.languages["de"], "low": swahili}
+    interval = swahili.metrics["exact_match"]
+    assert 0 <= interval.low <= 0.25 <= interval.high <= 1 and interval.low < interval.high
+    assert (result.languages["de"].metrics["exact_match"].low, result.tokens_in, result.tokens_out) == (1, 50, 10)
+    assert result.seconds == pytest.approx(2.0)
 
 
-def test_table_and_json(tmp_path):
+def test_table_json_and_figure(tmp_path):
     result = scored()
     lines = format_table(result).splitlines()
-    assert [line.split()[0] for line in lines] == ["language", "de", "sw", "macro", "mode"]
-    assert lines[2].split()[1:3] == ["4", "0.250"] and "10 tokens in 2.0 s (5.0 tokens/s)" in lines[-1]
+    assert [line.split()[0] for line in lines] == ["language", "de", "sw", "high", "low", "macro", "mode"]
+    assert lines[2].split()[1:3] == ["4", "0.250"] and lines[2].split()[-1] == "1"
+    assert "50 tokens in, 10 tokens out in 2.0 s (5.0 tokens/s)" in lines[-1]
     path = tmp_path / "new" / "result.json"
     write_json(result, path, model="m")
     content = json.loads(path.read_text(encoding="utf-8"))
-    assert content["model"] == "m" and content["macro"]["exact_match"] == 0.625
+    assert content["model"] == "m" and content["macro"]["metrics"]["exact_match"]["mean"] == 0.625
     assert content["answers"][1]["response"] == "ni moja" and content["languages"]["sw"]["empty"] == 1
+    assert content["answers"][1]["scores"] == {"exact_match": 0, "inclusion": 1}
     assert [file.name for file in path.parent.iterdir()] == ["result.json"]
+    plot_languages(result, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 1000
+
+
+def test_a_model_that_says_nothing_scores_zero_and_is_counted():
+    rows = [EvalRow(prompt=turn("q"), answers=("1",), lang="sw", prompt_en=None, where="", options={"1": "", "2": ""})]
+    silent = [Answer(text="", tokens_in=1, tokens_out=1, seconds=0.1)]
+    metrics = ("choice", "exact_match", "inclusion", "squad_em", "f1", "rouge_l")
+    result = score(task_of(rows, *metrics), silent, mode="plain")
+    assert means(result.macro) == (0,) * 6 and (result.macro.rows, result.macro.empty) == (1, 1)
+
+
+def rank_of_two(rank: int, said_by_the_other: dict[str, Answer]) -> Group:
+    """One of two ranks, whose other gathers what the test says."""
+
+    class Rank(Group):
+        def gather(self, value):
+            return [said_by_the_other, value]
+
+        def barrier(self):
+            pass
+
+    return Rank(rank, 2, torch.device("cpu"))
+
+
+def test_two_ranks_share_the_rows_and_find_what_one_finds(model, tokenizer, template, rows, monkeypatch):
+    whole = run(model, tokenizer, template, rows, "plain")
+    elsewhere = {row.id: Answer(text="elsewhere", tokens_in=1, tokens_out=1, seconds=0.0) for row in rows}
+    own = []
+    for rank in (0, 1):
+        result = run(model, tokenizer, template, rows, "plain", group=rank_of_two(rank, elsewhere))
+        own.append({answer["id"]: answer["response"] for answer in result.answers if answer["response"] != "elsewhere"})
+    assert len(own[0]) == len(own[1]) == 7
+    assert own[0] | own[1] == {answer["id"]: answer["response"] for answer in whole.answers}
+
+
+def test_a_killed_run_goes_on(model, tokenizer, template, rows, tmp_path, monkeypatch):
+    whole = run(model, tokenizer, template, rows, "plain")
+    monkeypatch.setattr("cc_ds.eval.run._BATCHES_BETWEEN_WRITES", 1)
+    plain_generate = model.generate
+    calls = []
+
+    def dies_at_the_third(*arguments, **more):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return plain_generate(*arguments, **more)
+
+    monkeypatch.setattr(model, "generate", dies_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        run(model, tokenizer, template, rows, "plain", journal=Journal(tmp_path, "m"))
+    result = run(model, tokenizer, template, rows, "plain", journal=Journal(tmp_path, "m"))
+    assert len(calls) == 3 + 3, "14 rows in batches of three, six of them known"
+    assert responses(result) == responses(whole) and result.tokens_out == whole.tokens_out
+    run(model, tokenizer, template, rows, "plain", journal=Journal(tmp_path, "m"))
+    assert len(calls) == 6, "nothing is asked again"
+    run(model, tokenizer, template, rows, "plain", journal=Journal(tmp_path, "another model"))
+    assert len(calls) == 11
+
+
+def test_the_same_question_twice_is_asked_once_and_counted_twice(model, tokenizer, template, rows):
+    result = run(model, tokenizer, template, [*rows[:2], rows[0]], "plain")
+    assert result.macro.rows == 3 and result.tokens_in == sum(a["tokens_in"] for a in result.answers[:2])
+    assert result.answers[0] == result.answers[2]

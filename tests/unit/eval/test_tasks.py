@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from cc_ds.eval.benchmarks import BENCHMARKS
 from cc_ds.eval.tasks import load_task
 
-BENCHMARKS = Path(__file__).parents[4] / "shared" / "data" / "benchmarks"
+SHARED = Path(__file__).parents[4] / "shared" / "data" / "benchmarks"
 
 
 def write(path: Path, rows: list[dict]) -> Path:
@@ -60,12 +61,54 @@ def test_atlas_is_the_demo_test_split():
     assert all(row.prompt_en for row in rows)
 
 
-@pytest.mark.skipif(not BENCHMARKS.is_dir(), reason="the benchmarks (../shared/data/benchmarks) are not here")
-@pytest.mark.parametrize(("name", "count"), [("MKQA", 2000), ("XLSum", 500), ("XNLI", 2000)])
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the benchmarks (../shared/data/benchmarks) are not here")
+@pytest.mark.parametrize(("name", "count"), [(name, 500 if name == "XLSum" else 2000) for name in BENCHMARKS])
 def test_benchmark_folders(name, count):
-    rows = load_task(name, BENCHMARKS / name).rows
-    assert len(rows) == count and len({row.lang for row in rows}) == 10
-    assert all(row.prompt_en for row in rows if row.lang != "en")
+    task = load_task(name, SHARED / name)
+    assert len(task.rows) == count and {row.lang for row in task.rows} == set(BENCHMARKS[name].languages)
+    assert all(row.prompt_en for row in task.rows if row.lang != "en")
+    assert len({row.id for row in task.rows}) > 0.99 * count
+    assert task.rules == BENCHMARKS[name].rules and task.max_new_tokens == 40
+    for row in task.rows:
+        # The answer itself, said by the model, is right by the headline; another option is wrong.
+        assert task.score(row, row.answers[0])[task.headline] == pytest.approx(1), row
+        if row.options:
+            key = row.answers[0]
+            assert all(row.options.values())
+            assert task.score(row, f"({key}) {row.options[key]}")["accuracy"] == 1, row
+            other = next(option for option in row.options if option != key)
+            assert task.score(row, f"{other}. {row.options[other]}")["accuracy"] == 0, row
+
+
+def test_a_benchmark_brings_its_rules_and_checks_its_answers(tmp_path):
+    prompt = "Nguzo: a\n(1) nani\n\n(1) ndiyo\n(2) hapana\n(3) sijui\n\nJibu:"
+    task = load_task("xnli", write(tmp_path / "sw.jsonl", [{"prompt": prompt, "answer": "2"}]))
+    assert task.name == "XNLI" and task.rows[0].options == {"1": "ndiyo", "2": "hapana", "3": "sijui"}
+    assert task.score(task.rows[0], "Hapana.") == {"accuracy": 1}
+    with pytest.raises(ValueError, match=r"line 1: the answer \('hapana',\) is none of the options 1, 2, 3"):
+        load_task("XNLI", write(tmp_path / "yo.jsonl", [{"prompt": prompt, "answer": "hapana"}]))
+
+
+def test_mkqa_accepts_numbers_and_dates_as_people_write_them(tmp_path):
+    task = load_task("MKQA", write(tmp_path / "en.jsonl", [{"prompt": "q", "answer": ["1961-09-10", "25.0 episodes"]}]))
+    for said in ("It was on 10 September 1961.", "September 10, 1961", "25 episodes"):
+        assert task.score(task.rows[0], said)["accuracy"] == 1
+    assert task.score(task.rows[0], "25 episodes") == {"accuracy": 1, "squad_em": 1, "f1": 1}
+    assert task.score(task.rows[0], "1961")["accuracy"] == 0
+    plain = load_task("mine", tmp_path / "en.jsonl")
+    assert plain.score(plain.rows[0], "25 episodes")["inclusion"] == 0
+
+
+def test_languages_and_metrics_are_chosen(tmp_path):
+    for lang in ("sw", "de"):
+        write(tmp_path / f"{lang}.jsonl", [{"prompt": "q", "answer": "x"}])
+    task = load_task("mine", tmp_path, langs=["sw"], metrics=["f1", "rouge_l"])
+    assert [row.lang for row in task.rows] == ["sw"] and task.headline == "f1"
+    assert task.score(task.rows[0], "x y") == {"f1": pytest.approx(2 / 3), "rouge_l": pytest.approx(2 / 3)}
+    with pytest.raises(ValueError, match="no rows in fr; there are de, sw"):
+        load_task("mine", tmp_path, langs=["fr", "sw"])
+    with pytest.raises(ValueError, match="unknown metrics bleu: there are exact_match"):
+        load_task("mine", tmp_path, metrics=["bleu"])
 
 
 @pytest.mark.parametrize(

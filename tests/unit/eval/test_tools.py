@@ -24,7 +24,8 @@ def tool(name: str):
     return module
 
 
-fit_tool, generate_tool, evaluate_tool = tool("fit_transform"), tool("generate"), tool("evaluate")
+fit_tool, generate_tool = tool("fit_transform"), tool("generate")
+evaluate_tool, compare_tool = tool("evaluate"), tool("compare")
 
 
 def lines_of(path: Path) -> list[dict]:
@@ -72,14 +73,41 @@ def test_fit_with_few_pairs_warns_with_numbers(model_folder, pairs_file, tmp_pat
 def test_evaluate_takes_the_transform_where_there_is_one(model_folder, fitted, pairs_file, tmp_path, capsys):
     modes = {}
     for folder, more in ((model_folder, []), (fitted, []), (fitted, ["--mode", "english"])):
-        output = tmp_path / "result.json"
+        output = tmp_path / "results"
         arguments = ["--model", folder, "--data", pairs_file, "--task", "numbers", "--max_new_tokens", "4"]
-        evaluate_tool.main([str(a) for a in [*arguments, "--output", output, "--limit", "2", "--device", "cpu", *more]])
-        result = json.loads(output.read_text(encoding="utf-8"))
+        evaluate_tool.main(
+            [str(a) for a in [*arguments, "--output_dir", output, "--limit", "2", "--device", "cpu", *more]]
+        )
+        result = json.loads((output / "numbers.json").read_text(encoding="utf-8"))
         modes[result["mode"]] = result
         assert {lang: score["rows"] for lang, score in result["languages"].items()} == {"de": 2, "sw": 2}
     assert list(modes) == ["plain", "transform", "english"]
-    assert "macro" in capsys.readouterr().out
+    assert modes["english"]["tokens_in"] > modes["transform"]["tokens_in"] == modes["plain"]["tokens_in"]
+    assert modes["plain"]["settings"]["max_new_tokens"] == 4 and modes["plain"]["ranks"] == 1
+    printed = capsys.readouterr().out
+    assert "macro" in printed and (output / "numbers.txt").read_text(encoding="utf-8") in printed
+    assert (output / "numbers.png").exists() and len(lines_of(output / "numbers.answers" / "rank-00000.jsonl")) == 12
+
+
+def test_evaluate_asks_several_tasks_and_compare_sets_runs_beside_each_other(fitted, pairs_file, tmp_path, capsys):
+    for task in ("numbers", "again"):
+        (tmp_path / "data" / task).mkdir(parents=True)
+        (tmp_path / "data" / task / "rows.jsonl").write_bytes(pairs_file.read_bytes())
+    arguments = ["--model", fitted, "--data", tmp_path / "data", "--task", "numbers", "again", "--max_new_tokens", "4"]
+    for mode in ("plain", "transform"):
+        more = ["--mode", mode, "--output_dir", tmp_path / mode, "--metrics", "f1", "exact_match"]
+        evaluate_tool.main([str(argument) for argument in [*arguments, *more]])
+    capsys.readouterr()
+    compared = tmp_path / "compared"
+    compare_tool.main([str(tmp_path / mode) for mode in ("plain", "transform")] + ["--output_dir", str(compared)])
+    printed = capsys.readouterr().out
+    assert (
+        "**again, f1**" in printed and "**numbers, f1**" in printed and "| plain (plain) | transform (trans" in printed
+    )
+    assert {file.name for file in compared.iterdir()} == {"compare.md", "compare.csv", "compare.png"}
+    assert (compared / "compare.md").read_text(encoding="utf-8") == printed
+    with pytest.raises(ValueError, match="--names has 1 labels for 2 runs"):
+        compare_tool.main([str(tmp_path / "plain"), str(tmp_path / "transform"), "--names", "SFT"])
 
 
 def test_evaluate_names_the_languages_there_are(model_folder, pairs_file):
