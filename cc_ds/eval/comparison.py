@@ -222,7 +222,7 @@ def plot_comparisons(comparisons: Sequence[Comparison], path: str | Path) -> Non
                     axes.text(place, 100 * cell.mean, "*", ha="center")
         axes.set_xticks(range(len(comparison.lines)), list(comparison.lines))
         axes.set_ylabel(f"{comparison.metric}, %")
-        axes.set_ylim(top=1.25 * axes.get_ylim()[1])  # room for the legend
+        axes.set_ylim(0, max(1.0, 1.25 * axes.get_ylim()[1]))  # room for the legend
         axes.set_title(f"{comparison.task} (*: p < 0.05 against {comparison.runs[0].name})", fontsize="medium")
         axes.legend(fontsize="small", ncols=len(comparison.runs), loc="upper center")
     figure.savefig(path, dpi=120)

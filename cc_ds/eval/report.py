@@ -53,6 +53,7 @@ def plot_languages(result: EvalResult, path: str | Path, title: str = "") -> Non
         )
     axes.set_xticks(range(len(bars)), list(bars))
     axes.set_ylabel(f"{headline}, %")
+    axes.set_ylim(0, max(1.0, axes.get_ylim()[1]))
     axes.set_title(title or f"{result.task}, {result.mode} (hatched: low-resource)", fontsize="medium")
     figure.savefig(path, dpi=120)
     plt.close(figure)
