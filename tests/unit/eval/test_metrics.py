@@ -67,6 +67,7 @@ def test_squad_takes_the_best_answer():
     [
         ("en", "the cat sat on the mat", "the dog sat on a mat", 8 / 12),  # the sat on mat: 4 of 6 and 6
         ("en", "mat the on", "the on mat", 4 / 6),
+        ("en", "dog", "dog dog", 2 / 3),  # one token pairs with one
         ("zh", "北京是首都", "首都是北京", 2 * 2 / 10),  # 北京, or 首都
         ("ja", "東京へ行った", "東京に行く", 2 * 3 / 11),  # 東 京 行
         ("th", "ไปที่นี่", "ไปนี่", 2 * 3 / 7),  # ไ ป (ที่) นี่
