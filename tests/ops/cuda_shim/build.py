@@ -31,6 +31,7 @@ def compile_to(output: Path, sources: list[Path], flags: list[str], csrc: Path =
     for source in sources:
         ordered += ["-x", "none" if source.suffix == ".o" else "c++", str(source)]
     command = [COMPILER, *_FLAGS, *flags, *includes, "-include", "shim.h", *ordered, "-o", str(output)]
+    command += ["-lstdc++", "-lm"]  # which g++ leaves out after -x none
     if "-shared" in flags:
         command += [f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu", "-lc10"]
     done = subprocess.run(command, capture_output=True, text=True)
