@@ -14,10 +14,10 @@ from transformers.utils import logging as transformers_logging
 from cc_ds import export
 from cc_ds.config import Config
 from cc_ds.connection.loss import liger_loss
-from cc_ds.connection.model import CCModelForCausalLM
+from cc_ds.connection.model import CCModelForCausalLM, concrete_class
 from cc_ds.data.templates import Template, load_template
 from cc_ds.data.tokenise import load_tokenised
-from cc_ds.dist.engine import build_engine, engine_config, sharded_construction
+from cc_ds.dist.engine import build_engine, check_tensor_parallel, engine_config, sharded_construction
 from cc_ds.dist.group import Group
 from cc_ds.dist.patience import main_first
 from cc_ds.dist.signals import Requests
@@ -80,6 +80,8 @@ def build_model(config: Config, group: Group) -> tuple[CCModelForCausalLM, dict[
         model_config.model_name_or_path, trust_remote_code=model_config.trust_remote_code
     )
     ds_config = engine_config(train, hf_config.hidden_size)
+    if train.tensor_parallel_size > 1:
+        check_tensor_parallel(concrete_class(hf_config), hf_config, ds_config)
     options: dict[str, Any] = {"trust_remote_code": model_config.trust_remote_code}
     # Training batches are packed: flash attention's variable-length kernels, or ours over SDPA.
     options["attn_implementation"] = model_config.attn_implementation or PACKED
@@ -111,8 +113,8 @@ def build_trainer(
     requests: Requests,
 ) -> Trainer:
     """The engine over the model and the trainer over the engine."""
-    total_steps = count_steps(config, len(data.train), group.world_size)
-    engine = build_engine(model, ds_config, config.train, total_steps)
+    total_steps = count_steps(config, len(data.train), group.data_size)
+    engine = build_engine(model, ds_config, config.train, total_steps, group)
 
     def describe(folder: Path) -> None:
         _complete_generation_config(model, data)

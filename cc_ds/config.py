@@ -98,6 +98,9 @@ class TrainConfig:
     """CC-Tuning, or plain supervised fine-tuning on the same rows."""
     deepspeed: str | None = None
     """A DeepSpeed configuration (ds_configs/); "auto" values are filled in from here. None: ZeRO 0."""
+    tensor_parallel_size: int = 1
+    """Neighbouring ranks that hold one copy of the model between them (DeepSpeed's AutoTP), with any ZeRO stage. They
+    count as one rank where rows are counted."""
     per_device_train_batch_size: int = 8
     """Rows per micro-batch and rank, on average: rows are dealt to ranks and micro-batches by what they cost."""
     per_device_eval_batch_size: int = 8
@@ -161,7 +164,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         at_least_one = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
-        for name in (*at_least_one, "logging_steps", "save_total_limit"):
+        for name in (*at_least_one, "logging_steps", "save_total_limit", "tensor_parallel_size"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
         for name in ("learning_rate", "num_train_epochs"):
             _require(getattr(self, name) > 0, name, getattr(self, name), "positive")

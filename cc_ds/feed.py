@@ -54,7 +54,7 @@ class StepFeed:
         train = config.train
         self.group, self.train, self.pad_token_id, self.num_layers = group, train, pad_token_id, num_layers
         self.row_cost, self.english_dropout = row_cost, config.cc.english_dropout
-        self.stream = BatchStream(rows, train.rows_per_step(group.world_size), seed=train.seed)
+        self.stream = BatchStream(rows, train.rows_per_step(group.data_size), seed=train.seed)
         self.lengths = RowLengths.of(rows)
         longest, limit = int(self.lengths.target.max()), train.max_tokens_per_micro_batch
         if limit and longest > limit:
@@ -135,9 +135,9 @@ class StepFeed:
         costs = [self.row_cost(*tokens) for tokens in zip(target, english, strict=True)]
         train = self.train
         dealt = deal(
-            costs, target, self.group.world_size, train.gradient_accumulation_steps, train.max_tokens_per_micro_batch
+            costs, target, self.group.data_size, train.gradient_accumulation_steps, train.max_tokens_per_micro_batch
         )
-        return dealt[self.group.rank]
+        return dealt[self.group.data_rank]
 
     def _row(self, position: int, reads_english: bool) -> dict[str, Any]:
         row = self.stream.dataset[self.stream.index_at(position)]

@@ -22,6 +22,7 @@ from torch.utils.tensorboard import SummaryWriter
 from cc_ds.data.dealing import RowCost
 from cc_ds.data.packing import PackedBatch
 from cc_ds.dist.group import Group
+from cc_ds.dist.zero import whole_numel
 
 if TYPE_CHECKING:
     from cc_ds.connection.model import CCOutput
@@ -164,13 +165,15 @@ class Window:
 def flops_per_token(model, english_grad: bool) -> tuple[float, float]:
     """FLOPs that training must spend on a target token and on an English prompt token, attention scores left out.
 
-    2 per weight forward and 4 backward. An embedding is looked up, not multiplied; the English pass has no LM head, and
-    no backward where `english_grad` is off.
+    2 per weight forward and 4 backward, or 2 where it is frozen. An embedding is looked up, not multiplied; the English
+    pass has no LM head, and no backward where `english_grad` is off.
     """
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    weights = {id(p): getattr(p, "ds_numel", p.numel()) for p in model.parameters()}
-    layers = sum(weights.values()) - sum(weights[key] for key in {id(embedding), id(head)})
-    return 6.0 * (layers + weights[id(head)]), (6.0 if english_grad else 2.0) * layers
+    layers = [p for p in model.parameters() if p is not embedding and p is not head]
+    forward = sum(2.0 * whole_numel(p) for p in layers)
+    backward = sum((4.0 if p.requires_grad else 2.0) * whole_numel(p) for p in layers)
+    of_head = (6.0 if head.requires_grad else 4.0) * whole_numel(head)
+    return forward + backward + of_head, forward + (backward if english_grad else 0.0)
 
 
 def row_cost(model, english_grad: bool) -> RowCost:

@@ -84,7 +84,7 @@ class Trainer:
         self.gather_orders = GatherOrders(engine)
         self.eval_rows, self.pad_token_id = eval_rows, pad_token_id
         self.step = 0
-        self.total_steps = count_steps(config, len(train_rows), group.world_size)
+        self.total_steps = count_steps(config, len(train_rows), group.data_size)
         self.flops_per_token = flops_per_token(engine.module, config.cc.english_grad)
         layers = engine.module.config.num_hidden_layers
         cost = row_cost(engine.module, config.cc.english_grad)
@@ -98,9 +98,10 @@ class Trainer:
 
     def train_step(self) -> None:
         """One optimiser step over the feed's next rows."""
-        engine, ranks = self.engine, self.group.world_size
-        # Dropout is a function of (seed, step, rank), so that a resumed run draws what the other would have drawn.
-        torch.manual_seed(mix(self.train_config.seed, self.step, self.group.rank))
+        engine, ranks = self.engine, self.group.data_size
+        # Dropout is a function of (seed, step, rank), so that a resumed run draws what the other would have drawn; and
+        # the ranks of a tensor group drop the same of what they all hold.
+        torch.manual_seed(mix(self.train_config.seed, self.step, self.group.data_rank))
         step = next(self.feed)
         target_tokens = self.group.sum(torch.tensor(step.labels, device=self.group.device))  # no host waits for it
         english = EnglishPass(engine, self.gather_orders, step.english)
@@ -122,7 +123,7 @@ class Trainer:
             engine.set_gradient_accumulation_boundary(True)
             english.backward()
         if self._logs_after_this_step():
-            self.grad_norm = grad_norm(engine)
+            self.grad_norm = grad_norm(engine, self.group)
         engine.step()
         self.step += 1
         applied = engine.was_step_applied()
@@ -233,9 +234,9 @@ class Trainer:
 
     def _eval_batches(self) -> Iterator[tuple[list[dict[str, Any]], bool]]:
         """This rank's rows and whether they count. Every rank gives equally many batches, as each runs both passes."""
-        size, ranks = self.train_config.per_device_eval_batch_size, self.group.world_size
+        size, ranks = self.train_config.per_device_eval_batch_size, self.group.data_size
         for start in range(0, len(self.eval_rows), size * ranks):
-            first = start + self.group.rank * size
+            first = start + self.group.data_rank * size
             rows = [self.eval_rows[i] for i in range(first, min(first + size, len(self.eval_rows)))]
             yield rows or [self.eval_rows[0]], bool(rows)
 
@@ -263,9 +264,9 @@ class Trainer:
         return self._peak
 
 
-def count_steps(config: Config, rows: int, world_size: int) -> int:
-    """Optimiser steps of a run."""
+def count_steps(config: Config, rows: int, data_size: int) -> int:
+    """Optimiser steps of a run over `data_size` data-parallel ranks."""
     train = config.train
     if train.max_steps > 0:
         return train.max_steps
-    return max(1, math.ceil(rows * train.num_train_epochs / train.rows_per_step(world_size)))
+    return max(1, math.ceil(rows * train.num_train_epochs / train.rows_per_step(data_size)))

@@ -117,6 +117,8 @@ class FusePass:
         if self.choice is None:
             self.choice, self.decision_logits = choice, logits
             self.fusion_ratio = _ratio(fused_K1H[:, 0].detach(), before_KH)
+        if output_BTH._is_view():  # DeepSpeed's all-reduce over a tensor group gives one, which autograd protects
+            output_BTH = output_BTH.clone()
         return _ReplaceRows.apply(output_BTH, fused_K1H[:, 0], self.positions)
 
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import get_scheduler
+from transformers import PretrainedConfig, get_scheduler
 from transformers.integrations import HfDeepSpeedConfig
 
 from cc_ds.config import TrainConfig
+from cc_ds.dist.group import Group
+from cc_ds.dist.zero import is_split
 
 
 class SkippingAdamW(torch.optim.AdamW):
@@ -23,10 +27,15 @@ class SkippingAdamW(torch.optim.AdamW):
 
     overflow = False
 
+    def __init__(self, *args, ranks: Group, **kwargs) -> None:
+        """`ranks`: the process group; its tensor groups must decide as one."""
+        super().__init__(*args, **kwargs)
+        self.ranks = ranks
+
     @torch.no_grad()
     def step(self, closure=None):
-        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        self.overflow = not bool(torch.nn.utils.get_total_norm(gradients).isfinite())
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        self.overflow = not bool(_norm_of_gradients(parameters, self.ranks).isfinite())
         return None if self.overflow else super().step(closure)
 
 
@@ -56,6 +65,11 @@ def engine_config(train: TrainConfig, hidden_size: int) -> dict[str, Any]:
     for key, value in ours.items():
         _fill(config, key, value, train.deepspeed)
     _fill(config.setdefault("bf16", {}), "enabled", train.bf16, train.deepspeed)
+    if train.tensor_parallel_size > 1 or "tensor_parallel" in config:
+        tensor_parallel = config.setdefault("tensor_parallel", {})
+        _fill(tensor_parallel, "autotp_size", train.tensor_parallel_size, train.deepspeed)
+        # Our loss takes whole logits. Unset, DeepSpeed splits those of a head that is tied to the embeddings.
+        _fill(tensor_parallel, "vocab_parallel_lm_head", False, train.deepspeed)
     zero = config.setdefault("zero_optimization", {"stage": 0})
     sizes = {
         "reduce_bucket_size": hidden_size * hidden_size,
@@ -77,12 +91,42 @@ def zero_stage(config: dict[str, Any]) -> int:
     return config["zero_optimization"].get("stage", 0)
 
 
+def check_tensor_parallel(model_class: type, hf_config: PretrainedConfig, config: dict[str, Any]) -> None:
+    """Whether DeepSpeed can split this model over the tensor-parallel ranks of `config`.
+
+    Raises:
+        ValueError: heads that can't be dealt evenly, or a family that DeepSpeed 0.19.8 can't split: it follows the plan
+            that transformers has for the family, whole or not at all.
+    """
+    from deepspeed.module_inject.tp_plan_converter import SUPPORTED_STYLES
+
+    size = config["tensor_parallel"]["autotp_size"]
+    for name in ("num_attention_heads", "num_key_value_heads"):
+        heads = getattr(hf_config, name, None)
+        if heads is not None and heads % size:
+            raise ValueError(f"tensor_parallel_size {size} does not divide the model's {name}, {heads}")
+    if "partition_config" in config["tensor_parallel"]:
+        return
+    plan = {**(hf_config.base_model_tp_plan or {}), **(model_class._tp_plan or {})}
+    unknown = sorted(set(plan.values()) - SUPPORTED_STYLES)
+    if unknown or not plan:
+        raise ValueError(
+            f"DeepSpeed can't split a {hf_config.model_type} over tensor-parallel ranks (transformers' plan for it has "
+            f"{', '.join(unknown) or 'no entries'}); use ZeRO-3 alone, or describe the split as tensor_parallel."
+            f"partition_config in the file of --deepspeed"
+        )
+
+
 def sharded_construction(config: dict[str, Any]) -> HfDeepSpeedConfig:
-    """While the returned object lives, `from_pretrained` builds its model sharded if the stage is 3."""
-    return HfDeepSpeedConfig(config)
+    """While the returned object lives, `from_pretrained` builds its model sharded if the stage is 3.
+
+    Over all ranks, tensor groups too: the engine then gathers one weight after another and keeps its slice.
+    """
+    # transformers renames no keys of a checkpoint where it sees tensor parallelism, whose part begins only afterwards.
+    return HfDeepSpeedConfig({key: value for key, value in config.items() if key != "tensor_parallel"})
 
 
-def build_engine(model: nn.Module, config: dict[str, Any], train: TrainConfig, total_steps: int):
+def build_engine(model: nn.Module, config: dict[str, Any], train: TrainConfig, total_steps: int, group: Group):
     """The engine over `model`, with AdamW and the schedule of `train` over `total_steps` steps."""
     import deepspeed
 
@@ -92,9 +136,10 @@ def build_engine(model: nn.Module, config: dict[str, Any], train: TrainConfig, t
     no_decay = [p for name, p in model.named_parameters() if p.requires_grad and _is_norm_or_bias(name, p)]
     skip = set(map(id, no_decay))
     decay = [p for p in model.parameters() if p.requires_grad and id(p) not in skip]
-    kind = SkippingAdamW if zero_stage(config) == 0 else torch.optim.AdamW
-    optimizer = kind(
-        [{"params": decay, "weight_decay": train.weight_decay}, {"params": no_decay, "weight_decay": 0.0}],
+    adamw = functools.partial(SkippingAdamW, ranks=group) if zero_stage(config) == 0 else torch.optim.AdamW
+    decays = [(decay, train.weight_decay), (no_decay, 0.0)]
+    optimizer = adamw(
+        [{"params": params, "weight_decay": rate} for params, rate in decays if params],  # LoRA trains no norm
         lr=train.learning_rate,
         betas=(train.adam_beta1, train.adam_beta2),
         eps=train.adam_epsilon,
@@ -107,19 +152,29 @@ def build_engine(model: nn.Module, config: dict[str, Any], train: TrainConfig, t
         num_training_steps=total_steps,
     )
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=config)
+    if group.tensor_size > 1:
+        engine.first_dataloader_check.remove()  # it can't compare packed batches; ours are equal by construction
     engine.checkpoint_engine = CheckpointWriter()
     engine._copy_recovery_script = lambda folder: None  # tools/export.py does that; a full disk would raise in it
     return engine
 
 
-def grad_norm(engine) -> float | torch.Tensor:
+def grad_norm(engine, group: Group) -> float | torch.Tensor:
     """The norm of all gradients before clipping; read it between backward and step.
 
     ZeRO computes it inside its step, where it is read afterwards; at stage 0 in float32 DeepSpeed keeps none.
     """
     if engine.zero_optimization_stage() == 0:
-        return torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
+        return _norm_of_gradients(engine.module.parameters(), group)
     return engine.get_global_grad_norm()
+
+
+@torch.no_grad()
+def _norm_of_gradients(parameters: Iterable[nn.Parameter], group: Group) -> torch.Tensor:
+    """Over all slices of split weights; what every rank of a tensor group holds whole counts once."""
+    counts = [p for p in parameters if p.grad is not None and (group.tensor_rank == 0 or is_split(p))]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in counts])
+    return norm if group.tensor_size == 1 else group.tensor_sum(norm.square()).sqrt()
 
 
 def _is_norm_or_bias(name: str, parameter: nn.Parameter) -> bool:

@@ -1,4 +1,12 @@
-"""The process group: from DeepSpeed's launcher, torchrun, SLURM, or this process alone."""
+"""The process groups: from DeepSpeed's launcher, torchrun, SLURM, or this process alone.
+
+The one place that knows them. With a tensor-parallel size of t, ranks 0 .. t-1 hold one copy of the model between them,
+ranks t .. 2t-1 the next, and so on; they are called a tensor group, and the copies are the data-parallel ranks:
+
+    rank          0  1  2  3  4  5      t = 2
+    data_rank     0  0  1  1  2  2      which rows: all ranks of a tensor group read the same
+    tensor_rank   0  1  0  1  0  1      which slice of every split weight
+"""
 
 from __future__ import annotations
 
@@ -20,11 +28,17 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Who this process is among the data-parallel ranks."""
+    """Who this process is among the ranks."""
 
     rank: int
     world_size: int
     device: torch.device
+    tensor_size: int = 1
+    """Ranks that share one copy of the model."""
+    data_group: dist.ProcessGroup | None = None
+    """The ranks that hold the same slice as this one; None: all ranks."""
+    tensor_group: dist.ProcessGroup | None = None
+    """The ranks that share this one's copy of the model; None: this one alone."""
 
     @classmethod
     def alone(cls) -> Group:
@@ -36,10 +50,34 @@ class Group:
         """Whether this is the rank that speaks and writes what is written once."""
         return self.rank == 0
 
+    @property
+    def data_size(self) -> int:
+        """Copies of the model, each with rows of its own."""
+        return self.world_size // self.tensor_size
+
+    @property
+    def data_rank(self) -> int:
+        """Which of them this rank belongs to."""
+        return self.rank // self.tensor_size
+
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum over ranks, in place; the tensor stays on its device."""
-        if self.world_size > 1:
-            dist.all_reduce(tensor)
+        """The sum over the data-parallel ranks, in place; the tensor stays on its device.
+
+        What the ranks of a tensor group know of their common rows counts once.
+        """
+        if self.data_size > 1:
+            dist.all_reduce(tensor, group=self.data_group)
+        return tensor
+
+    @property
+    def tensor_rank(self) -> int:
+        """Which slice of every split weight this rank holds."""
+        return self.rank % self.tensor_size
+
+    def tensor_sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over the ranks that share this one's copy of the model, in place."""
+        if self.tensor_size > 1:
+            dist.all_reduce(tensor, group=self.tensor_group)
         return tensor
 
     def barrier(self) -> None:
@@ -76,11 +114,14 @@ def choose_accelerator() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
-def start_group() -> Group:
+def start_group(tensor_size: int = 1) -> Group:
     """Join the process group that the launcher's environment describes, or form one of this process alone.
 
+    Args:
+        tensor_size: neighbouring ranks that share one copy of the model.
+
     Raises:
-        ValueError: an environment that names a rank but not the rest.
+        ValueError: an environment that names a rank but not the rest, or ranks that `tensor_size` does not divide.
     """
     if "RANK" not in os.environ:
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
@@ -101,7 +142,20 @@ def start_group() -> Group:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False)
-    return Group(dist.get_rank(), dist.get_world_size(), device)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    if tensor_size == 1:
+        return Group(rank, world_size, device)
+    if world_size % tensor_size:
+        raise ValueError(f"tensor_parallel_size {tensor_size} does not divide the {world_size} ranks of this launch")
+    return Group(rank, world_size, device, tensor_size, *_tensor_parallel_groups(tensor_size))
+
+
+def _tensor_parallel_groups(tensor_size: int) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+    """This rank's data-parallel and tensor-parallel group, which DeepSpeed forms once per process and keeps."""
+    from deepspeed.utils import groups
+
+    groups._init_tp_mesh_device(tensor_model_parallel_size=tensor_size)
+    return groups.get_data_parallel_group(), groups.get_tensor_model_parallel_group()
 
 
 def stop_group() -> None:

@@ -1,8 +1,13 @@
-"""ZeRO-3 parameters: whole for a moment, without importing deepspeed where there is none; gathered ahead."""
+"""Sharded parameters: whole for a moment, without importing deepspeed where there is none; gathered ahead.
+
+ZeRO-3 keeps a part of every parameter on each rank, and tensor parallelism a slice of most weights; under both, a
+rank's part is one of its slice.
+"""
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -26,25 +31,53 @@ def gathered(parameters: Iterable[nn.Parameter], modify: bool = False) -> Iterat
         yield
 
 
+def is_split(parameter: nn.Parameter) -> bool:
+    """Whether each rank of a tensor group holds another slice of this parameter."""
+    return getattr(parameter, "tensor_model_parallel", False)
+
+
+def whole_numel(parameter: nn.Parameter) -> int:
+    """Elements of the whole parameter, whatever part of it is here."""
+    if is_split(parameter):
+        from deepspeed.checkpoint.constants import DS_AUTOTP_UC_META
+
+        return math.prod(getattr(parameter, DS_AUTOTP_UC_META)["logical_shape"])
+    return getattr(parameter, "ds_numel", parameter.numel())
+
+
 def full_state_dict(model: nn.Module, keep: bool) -> dict[str, Tensor] | None:
-    """Every parameter whole, on the CPU; one parameter at a time is gathered. Every rank must call it.
+    """Every parameter whole, on the CPU; one module's at a time are gathered. Every rank must call it.
 
     Args:
         keep: whether this rank wants the result; the others take part and get None.
     """
-    if not any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+    if not any(hasattr(parameter, "ds_id") or is_split(parameter) for parameter in model.parameters()):
         return model.state_dict() if keep else None
     whole: dict[int, Tensor] = {}
-    for parameter in model.parameters():
-        with gathered([parameter]):
+    for module in model.modules():
+        parameters = list(module.parameters(recurse=False))
+        with gathered(parameters), _slices_joined(module, parameters):
             if keep:
-                whole[id(parameter)] = parameter.detach().cpu().clone()
+                whole |= {id(p): p.detach().cpu().clone() for p in parameters if id(p) not in whole}
     if not keep:
         return None
     # Tied weights stay one tensor under two names, as save_pretrained expects.
     result = {name: whole[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
     parameters = set(result)
     return result | {name: value for name, value in model.state_dict().items() if name not in parameters}
+
+
+@contextmanager
+def _slices_joined(module: nn.Module, parameters: list[nn.Parameter]) -> Iterator[None]:
+    """The module's split parameters hold whole weights inside the context, and afterwards the very slices they held."""
+    if not any(map(is_split, parameters)):
+        yield
+        return
+    slices = [parameter.data for parameter in parameters]
+    module.gather_params(parameters)
+    yield
+    for parameter, part in zip(parameters, slices):
+        parameter.data = part
 
 
 class GatherOrders:

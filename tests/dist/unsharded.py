@@ -1,0 +1,110 @@
+"""The truth that every sharded run is compared with: a plain PyTorch loop over global batches, without DeepSpeed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, get_scheduler
+
+from cc_ds import CCConfig, CCModelForCausalLM
+from cc_ds.connection.decision import gumbel_noise_at, uniform_at
+from cc_ds.data.batches import BatchStream, CCCollator
+from cc_ds.data.tokenise import load_tokenised
+
+from .conftest import read_metrics
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a run and its truth share; names are the command line's, `batch_size` counts the rows of a step."""
+
+    batch_size: int
+    steps: int = 5
+    method: str = "cc"
+    english_grad: bool = True
+    english_dropout: float = 0.0
+    learning_rate: float = 1e-2
+    adam_epsilon: float = 1e-8
+    max_grad_norm: float = 1.0
+    seed: int = 42
+
+    def options(self) -> list[str]:
+        """For the command line, but for what depends on the number of ranks."""
+        return [
+            "--max_steps", str(self.steps), "--method", self.method, "--english_grad", str(self.english_grad),
+            "--english_dropout", str(self.english_dropout), "--learning_rate", str(self.learning_rate),
+            "--adam_epsilon", str(self.adam_epsilon), "--max_grad_norm", str(self.max_grad_norm), "--seed",
+            str(self.seed),
+        ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Result:
+    """Of every step the loss and the gradient norm before clipping; the weights after the last."""
+
+    losses: list[float]
+    norms: list[float]
+    parameters: dict[str, torch.Tensor]
+
+
+def load_model(folder, settings: Settings) -> CCModelForCausalLM:
+    """The model as `train.main` makes it: its new Decision Maker is drawn from the run's seed."""
+    torch.manual_seed(settings.seed)
+    model = CCModelForCausalLM.from_pretrained(
+        folder, cc_config=CCConfig(english_grad=settings.english_grad), torch_dtype=torch.float32
+    )
+    if settings.method == "sft":
+        model.decision_maker.requires_grad_(False)
+    return model.train()
+
+
+def train_unsharded(model, tokenizer_folder, rows_file, cache, settings: Settings) -> Result:
+    """`settings.steps` steps of `model` on the rows, one padded global batch each."""
+    rows, _ = load_tokenised(
+        rows_file, AutoTokenizer.from_pretrained(tokenizer_folder), "plain", max_length=32, cache_dir=cache
+    )
+    stream = BatchStream(rows, settings.batch_size, seed=settings.seed)
+    collate = CCCollator(0, connect=settings.method == "cc")
+    matrices = [p for p in model.parameters() if p.requires_grad and p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.requires_grad and p.dim() == 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
+        lr=settings.learning_rate, eps=settings.adam_epsilon,
+    )  # fmt: skip
+    warm_up = round(0.2 * settings.steps)
+    schedule = get_scheduler("cosine", optimizer, num_warmup_steps=warm_up, num_training_steps=settings.steps)
+    losses, norms = [], []
+    for _ in range(settings.steps):
+        loss = model(**_next_batch(stream, collate, settings)).loss
+        loss.backward()
+        limit = settings.max_grad_norm or float("inf")
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), limit)))
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return Result(losses, norms, {name: p.detach() for name, p in model.named_parameters()})
+
+
+def assert_equal(folder, truth: Result) -> None:
+    """A finished run logged the truth's losses and norms, and exported its weights."""
+    metrics = [line for line in read_metrics(folder) if "loss" in line]
+    torch.testing.assert_close([line["loss"] for line in metrics], truth.losses, atol=1e-5, rtol=0)
+    torch.testing.assert_close([line["grad_norm"] for line in metrics], truth.norms, atol=0, rtol=1e-4)
+    saved = load_file(folder / "model.safetensors") | load_file(folder / "cc_connection.safetensors")
+    assert set(truth.parameters) == set(saved)
+    for name, parameter in truth.parameters.items():
+        torch.testing.assert_close(saved[name], parameter, atol=2e-5, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def _next_batch(stream: BatchStream, collate: CCCollator, settings: Settings) -> dict[str, torch.Tensor]:
+    positions = stream.next_positions()
+    noise, draws = gumbel_noise_at(positions, 3, settings.seed), uniform_at(positions, settings.seed)
+    rows = [
+        row | {"english_input_ids": []} if draw < settings.english_dropout else row
+        for row, draw in zip(next(stream), draws, strict=True)
+    ]
+    batch = {name: value for name, value in collate(rows).items() if torch.is_tensor(value)}
+    return batch | {"gate_noise": noise} if settings.method == "cc" else batch
