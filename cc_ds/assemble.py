@@ -24,6 +24,7 @@ from cc_ds.dist.signals import Requests
 from cc_ds.dist.zero import full_state_dict
 from cc_ds.infer.prompts import pad_token_id
 from cc_ds.models.attention import PACKED
+from cc_ds.models.lora import add_lora
 from cc_ds.run_state import RunState
 from cc_ds.telemetry import log
 from cc_ds.trainer import Trainer, count_steps
@@ -82,6 +83,10 @@ def build_model(config: Config, group: Group) -> tuple[CCModelForCausalLM, dict[
     ds_config = engine_config(train, hf_config.hidden_size)
     if train.tensor_parallel_size > 1:
         check_tensor_parallel(concrete_class(hf_config), hf_config, ds_config)
+        if model_config.lora_rank:
+            raise ValueError(
+                "lora_rank does not go with tensor_parallel_size: use ZeRO-3, which shards LoRA's base too"
+            )
     options: dict[str, Any] = {"trust_remote_code": model_config.trust_remote_code}
     # Training batches are packed: flash attention's variable-length kernels, or ours over SDPA.
     options["attn_implementation"] = model_config.attn_implementation or PACKED
@@ -96,6 +101,10 @@ def build_model(config: Config, group: Group) -> tuple[CCModelForCausalLM, dict[
     del construction
     if model_config.use_liger_kernel:
         model.labelled_loss = liger_loss()
+    if model_config.lora_rank:
+        # Under ZeRO-3 rank 0 alone has drawn new weights by now; the adapters start the same everywhere.
+        torch.manual_seed(train.seed)
+        add_lora(model, model_config)
     if model_config.gradient_checkpointing:
         model.activation_checkpointing_enable()
     if train.method == "sft":

@@ -58,8 +58,21 @@ class ModelConfig:
     """Take the loss by Liger's fused kernel, on CUDA (pip install liger-kernel)."""
     gradient_checkpointing: bool = False
     """Recompute each layer's activations in the backward."""
+    lora_rank: int = 0
+    """Train low-rank updates of this rank and the Decision Maker, not the weights themselves; 0: the weights."""
+    lora_alpha: float = 16.0
+    """The updates are scaled by lora_alpha / lora_rank."""
+    lora_dropout: float = 0.0
+    """Dropout before the updates."""
+    lora_target_modules: tuple[str, ...] = ("all-linear",)
+    """Names of the linear layers that get one (q_proj v_proj, for example); all-linear: all but the LM head."""
     trust_remote_code: bool = False
     """Run code that comes with a model. Only if you trust its author."""
+
+    def __post_init__(self) -> None:
+        _require(self.lora_rank >= 0, "lora_rank", self.lora_rank, "0 or more")
+        _require(self.lora_alpha > 0, "lora_alpha", self.lora_alpha, "positive")
+        _require(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "at least 0 and below 1")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -33,6 +33,7 @@ from cc_ds.connection.loss import labelled_loss
 from cc_ds.data.packing import Packed, PackedBatch
 from cc_ds.infer.generate import generate_connected
 from cc_ds.models.arch import decoder_of, family_of
+from cc_ds.models.lora import merged
 
 # The Decision Maker's name in the authors' checkpoints.
 _AUTHORS_KEYS = {r"^model\.source_select\.": "decision_maker."}
@@ -118,11 +119,11 @@ class CCModelForCausalLM:
     def save_pretrained(
         self, save_directory: str | Path, state_dict: dict[str, Tensor] | None = None, **kwargs
     ) -> None:
-        """Write a stock checkpoint and, beside it, cc_connection.safetensors and cc_config.json.
+        """Write a stock checkpoint, LoRA merged, and beside it cc_connection.safetensors and cc_config.json.
 
         `AutoModelForCausalLM.from_pretrained(folder)` loads it without a warning as the base model alone.
         """
-        state_dict = self.state_dict() if state_dict is None else state_dict
+        state_dict = merged(self.state_dict() if state_dict is None else state_dict, self)
         base = {name: tensor for name, tensor in state_dict.items() if not name.startswith("decision_maker.")}
         super().save_pretrained(save_directory, state_dict=base, **kwargs)
         if kwargs.get("is_main_process", True):
