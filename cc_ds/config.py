@@ -111,6 +111,8 @@ class TrainConfig:
     """CC-Tuning, or plain supervised fine-tuning on the same rows."""
     deepspeed: str | None = None
     """A DeepSpeed configuration (ds_configs/); "auto" values are filled in from here. None: ZeRO 0."""
+    offload_dir: str | None = None
+    """A folder on an NVMe disk of the node itself, where the DeepSpeed configuration offloads to NVMe."""
     tensor_parallel_size: int = 1
     """Neighbouring ranks that hold one copy of the model between them (DeepSpeed's AutoTP), with any ZeRO stage. They
     count as one rank where rows are counted."""

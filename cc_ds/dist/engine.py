@@ -77,6 +77,7 @@ def engine_config(train: TrainConfig, hidden_size: int) -> dict[str, Any]:
         "stage3_param_persistence_threshold": 10 * hidden_size,
     }
     zero |= {key: value for key, value in sizes.items() if zero.get(key) == "auto"}
+    _fill_offload_folder(zero, train)
     if train.bf16 and zero.get("stage", 0) == 0:
         # bf16 at stage 0 is off by 1.2e-2 after a few steps (DeepSpeed 0.19.8 takes a dummy Adam step at the start);
         # stage 1 keeps the same weights on every rank and agrees with a float32-master reference within 7e-4.
@@ -84,6 +85,17 @@ def engine_config(train: TrainConfig, hidden_size: int) -> dict[str, Any]:
     config.setdefault("zero_force_ds_cpu_optimizer", False)  # torch's AdamW also where the optimiser is offloaded
     config.setdefault("steps_per_print", 2**31)
     return config
+
+
+def _fill_offload_folder(zero: dict[str, Any], train: TrainConfig) -> None:
+    for name in ("offload_optimizer", "offload_param"):
+        section = zero.get(name, {})
+        if section.get("device") == "nvme" and section.get("nvme_path", "auto") == "auto":
+            if train.offload_dir is None:
+                raise ValueError(
+                    f"{train.deepspeed}: {name} goes to NVMe; give --offload_dir a folder on a disk of the node itself"
+                )
+            section["nvme_path"] = train.offload_dir
 
 
 def zero_stage(config: dict[str, Any]) -> int:

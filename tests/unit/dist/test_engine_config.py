@@ -43,7 +43,7 @@ def test_bf16_never_runs_at_stage_0():
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
 def test_shipped_files(path):
-    options = {"gradient_accumulation_steps": 4, "tensor_parallel_size": 2}
+    options = {"gradient_accumulation_steps": 4, "tensor_parallel_size": 2, "offload_dir": "/disk"}
     config = engine_config(_train(path, bf16=True, **options), hidden_size=16)
     assert config["gradient_accumulation_steps"] == 4
     assert config["tensor_parallel"]["autotp_size"] == 2
@@ -59,6 +59,7 @@ def test_shipped_files(path):
         ({"bf16": {"enabled": True}}, "enabled is True, but this run has False"),
         ({"train_batch_size": 8}, "leave train_batch_size out"),
         ({"tensor_parallel": {"autotp_size": 2}}, "autotp_size is 2, but this run has 1"),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, "give --offload_dir a folder"),
         ({"optimizer": {"type": "Adam"}}, "remove the 'optimizer' section"),
         ({"fp16": {"enabled": True}}, "remove the 'fp16' section"),
         ("{", "ds.json: not JSON"),
