@@ -83,10 +83,9 @@ def build_model(config: Config, group: Group) -> tuple[CCModelForCausalLM, dict[
     ds_config = engine_config(train, hf_config.hidden_size)
     if train.tensor_parallel_size > 1:
         check_tensor_parallel(concrete_class(hf_config), hf_config, ds_config)
-        if model_config.lora_rank:
-            raise ValueError(
-                "lora_rank does not go with tensor_parallel_size: use ZeRO-3, which shards LoRA's base too"
-            )
+        for name in ("lora_rank", "use_liger_kernel"):
+            if getattr(model_config, name):
+                raise ValueError(f"{name} does not go with tensor_parallel_size (docs/sharding.md): use ZeRO-3 alone")
     options: dict[str, Any] = {"trust_remote_code": model_config.trust_remote_code}
     # Training batches are packed: flash attention's variable-length kernels, or ours over SDPA.
     options["attn_implementation"] = model_config.attn_implementation or PACKED

@@ -22,9 +22,11 @@ from torch import Tensor
 from cc_ds.config import CCConfig, from_dict
 from cc_ds.dist.consolidate import StoredTensor, stored_tensors
 from cc_ds.dist.zero import gathered
+from cc_ds.models.lora import lora_scale, merged_when_read
 
 CONNECTION_FILE = "cc_connection.safetensors"
 CONFIG_FILE = "cc_config.json"
+LORA_FILE = "cc_lora.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +123,10 @@ def write_connection(folder: str | Path, cc_config: CCConfig, decision_maker: Te
 
 
 def write_description(model, folder: str | Path) -> None:
-    """Write config.json, generation_config.json and cc_config.json: a model folder without its weights."""
+    """Write config.json, generation_config.json and cc_config.json: a model folder without its weights.
+
+    A model with LoRA adds cc_lora.json, for whoever merges its adapters.
+    """
     folder = Path(folder)
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
@@ -129,6 +134,9 @@ def write_description(model, folder: str | Path) -> None:
     config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
     (folder / CONFIG_FILE).write_text(json.dumps(asdict(model.cc_config), indent=2) + "\n", encoding="utf-8")
+    scale = lora_scale(model)
+    if scale is not None:
+        (folder / LORA_FILE).write_text(json.dumps({"scale": scale}) + "\n", encoding="utf-8")
 
 
 def check_transform(transform: Tensor, num_layers: int, hidden_size: int) -> None:
@@ -173,7 +181,9 @@ def export_checkpoint(checkpoint: Path, folder: Path, max_shard_bytes: int) -> i
     stored_config = json.loads((description / "config.json").read_text(encoding="utf-8"))
     dtype = getattr(torch, stored_config.get("dtype") or "float32")
     tensors = stored_tensors(checkpoint / "engine")
-    shutil.copytree(description, folder, dirs_exist_ok=True)
+    if (description / LORA_FILE).is_file():
+        tensors = merged_when_read(tensors, json.loads((description / LORA_FILE).read_text(encoding="utf-8"))["scale"])
+    shutil.copytree(description, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(LORA_FILE))
 
     decision_maker = [tensor for tensor in tensors if tensor.name == "decision_maker.weight"]
     cc_config = from_dict(CCConfig, json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")), CONFIG_FILE)

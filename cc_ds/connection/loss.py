@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from cc_ds.dist.zero import whole_numel
+
 # 1 GiB of float32 logits, which hold their gradient's place too.
 LOGITS_CHUNK = 2**28
 
@@ -26,8 +28,7 @@ def labelled_loss(head: nn.Module, hidden_NH: Tensor, labels: Tensor, cap: float
         labels: (N,) int64, each position's next token.
         cap: logits become `cap * tanh(logits / cap)` (Gemma 2).
     """
-    # A partitioned weight (ZeRO-3) is empty between forwards: its shape is in ds_shape.
-    vocabulary = getattr(head.weight, "ds_shape", head.weight.shape)[0]
+    vocabulary = whole_numel(head.weight) // hidden_NH.shape[1]
     rows = max(1, LOGITS_CHUNK // vocabulary)
     if hidden_NH.shape[0] <= rows:
         return _chunk_loss(head, hidden_NH, labels, cap)

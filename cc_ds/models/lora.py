@@ -9,10 +9,13 @@ again, so that what is saved is a stock checkpoint.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor, nn
 
 from cc_ds.config import ModelConfig
+from cc_ds.dist.consolidate import StoredTensor
 
 _ADAPTER = "default"
 _LINEAR_A, _LINEAR_B = f".lora_A.{_ADAPTER}.weight", f".lora_B.{_ADAPTER}.weight"
@@ -41,22 +44,41 @@ def add_lora(model: nn.Module, settings: ModelConfig) -> None:
 
 
 def merged(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """`model`'s whole state dict with its adapters folded into the weights, under the stock names.
+    """`model`'s whole state dict with its adapters folded into the weights, under the stock names."""
+    scale = lora_scale(model)
+    if scale is None:
+        return state_dict
+    parts = [StoredTensor(name, tuple(tensor.shape), lambda t=tensor: t) for name, tensor in state_dict.items()]
+    return {part.name: part.read() for part in merged_when_read(parts, scale)}
+
+
+def lora_scale(model: nn.Module) -> float | None:
+    """What the model's updates are scaled by; None: it has no adapters."""
+    if not hasattr(model, "peft_config"):
+        return None
+    config = model.peft_config[_ADAPTER]
+    return config.lora_alpha / config.r
+
+
+def merged_when_read(tensors: list[StoredTensor], scale: float) -> list[StoredTensor]:
+    """The same for tensors that are not in memory: a weight is folded when it is read, with its own two factors.
 
     The product is taken in float32 or wider and the sum rounded once, to the weight's dtype.
     """
-    if not hasattr(model, "peft_config"):
-        return state_dict
-    config = model.peft_config[_ADAPTER]
-    scale = config.lora_alpha / config.r
-    result = {}
-    for name, tensor in state_dict.items():
-        layer = name.partition(".base_layer.")[0]
-        if ".lora_" in name:
+    by_name = {tensor.name: tensor for tensor in tensors}
+
+    def fold(weight: StoredTensor, low: StoredTensor, high: StoredTensor) -> Tensor:
+        base = weight.read()
+        wide = torch.promote_types(base.dtype, torch.float32)
+        return (base.to(wide) + scale * (high.read().to(wide) @ low.read().to(wide))).to(base.dtype)
+
+    result = []
+    for tensor in tensors:
+        if ".lora_" in tensor.name:
             continue
-        if name.endswith(".base_layer.weight"):
-            wide = torch.promote_types(tensor.dtype, torch.float32)
-            low, high = (state_dict[layer + suffix].to(wide) for suffix in (_LINEAR_A, _LINEAR_B))
-            tensor = (tensor.to(wide) + scale * (high @ low)).to(tensor.dtype)
-        result[name.replace(".base_layer.", ".")] = tensor
+        layer, base, rest = tensor.name.partition(".base_layer.")
+        read = tensor.read
+        if base and rest == "weight":
+            read = functools.partial(fold, tensor, by_name[layer + _LINEAR_A], by_name[layer + _LINEAR_B])
+        result.append(StoredTensor(f"{layer}.{rest}" if base else tensor.name, tensor.shape, read))
     return result

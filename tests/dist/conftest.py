@@ -41,6 +41,13 @@ def torchrun(*arguments: str, ranks: int = 2) -> subprocess.CompletedProcess:
     return launch([*run, *arguments])
 
 
+def train_forked(cases: list[tuple[int, list[str]]], folder: Path, timeout: float = 240) -> None:
+    """(ranks, training command), one after another, in processes that share one import; its file goes into `folder`."""
+    path = folder / "cases.json"
+    path.write_text(json.dumps([{"ranks": ranks, "command": command} for ranks, command in cases]), encoding="utf-8")
+    launch([sys.executable, "tests/dist/forked.py", str(path)], timeout)
+
+
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory) -> Path:
     """A Llama of three layers and a word tokenizer."""

@@ -1,0 +1,19 @@
+"""Settings that do not go together are refused before anything is loaded."""
+
+from __future__ import annotations
+
+import pytest
+import tiny_models
+
+from cc_ds.assemble import build_model
+from cc_ds.config import load_config
+from cc_ds.dist.group import Group
+
+
+@pytest.mark.parametrize("option", [["--lora_rank", "4"], ["--use_liger_kernel"]])
+def test_what_tensor_parallelism_does_not_go_with(option, tmp_path):
+    tiny_models.hf_config("llama").save_pretrained(tmp_path)  # no weights there
+    options = ["--model_name_or_path", str(tmp_path), "--train_file", "rows.jsonl", "--output_dir", str(tmp_path)]
+    config = load_config([*options, "--tensor_parallel_size", "2", *option])
+    with pytest.raises(ValueError, match=f"{option[0][2:]} does not go with tensor_parallel_size"):
+        build_model(config, Group.alone())
