@@ -23,7 +23,7 @@ REST = {
     "tp2xdp1": [*(("llama", 1, stage, {}) for stage in range(4)), ("qwen2", 1, 3, GRADIENTS)],
     "tp2xdp2": [("llama", 2, stage, {}) for stage in range(3)],
     "gradients": [("qwen2", 2, stage, GRADIENTS) for stage in range(4)],
-    "families": [(name, 2, 3, {"steps": 2}) for name in ("mistral", "qwen3", "gemma2", "gemma3_text", "gpt_neox")],
+    "families": [(name, 2, 3, GRADIENTS) for name in ("mistral", "qwen3", "gemma2", "gemma3_text", "gpt_neox")],
     "settings": [("llama", 2, 3, {"method": "sft"}), ("llama", 2, 0, {"english_grad": False})],
 }
 
