@@ -32,8 +32,8 @@ from cc_ds.telemetry import log
 
 def layout_state(engine, group: Group, train: TrainConfig) -> dict[str, Any]:
     """What `trainer_state.json` says of who wrote a checkpoint."""
-    layout = Layout.of(engine, group.world_size)
-    return {"layout": asdict(layout), "rows_per_step": train.rows_per_step(group.world_size)}
+    layout = Layout.of(engine, group.data_size)
+    return {"layout": asdict(layout), "rows_per_step": train.rows_per_step(group.data_size)}
 
 
 def keep_rows_per_step(config: Config, path: Path | None, ranks: int) -> Config:
@@ -71,7 +71,7 @@ def load_checkpoint(engine, group: Group, run: RunState, path: Path) -> dict[str
         ValueError: files that can't be read, another ZeRO stage, or no room for what has to be made of it.
     """
     state = checkpoints.read_state(path)
-    written, ours = Layout(**state["layout"]), Layout.of(engine, group.world_size)
+    written, ours = Layout(**state["layout"]), Layout.of(engine, group.data_size)
     if written.zero_stage != ours.zero_stage:
         raise ValueError(
             f"{path} was written under ZeRO {written.zero_stage}, this run uses ZeRO {ours.zero_stage}: give "

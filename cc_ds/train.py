@@ -57,7 +57,7 @@ def train(config: Config, group: Group, run: RunState, requests: Requests) -> st
     settings = config.train
     wanted, digests = settings.resume_from_checkpoint, settings.verify_checkpoint == "digests"
     checkpoint = find_checkpoint(wanted, settings.output_dir, group, digests) if wanted else None
-    config = keep_rows_per_step(config, checkpoint, group.world_size)
+    config = keep_rows_per_step(config, checkpoint, group.data_size)
     data = build_data(config, group)
     model, engine_config = build_model(config, group)
     trainer = build_trainer(config, group, data, model, engine_config, run, requests)
