@@ -70,6 +70,10 @@ def load_model(args: argparse.Namespace) -> tuple[CCModelForCausalLM, Any, Templ
     except OSError as error:
         raise ValueError(f"{args.model}: no model folder with a tokenizer ({error})") from error
     template = load_template(tokenizer, args.chat_template)
+    if getattr(args, "deepspeed", None):
+        from cc_ds.dist.inference import load_partitioned
+
+        return load_partitioned(args.model, args.deepspeed), tokenizer, template
     model = CCModelForCausalLM.from_pretrained(args.model)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     return model.to(device).eval(), tokenizer, template

@@ -2,7 +2,7 @@
 
 config.json, model*.safetensors, ...   stock Hugging Face; loads in AutoModelForCausalLM
 cc_config.json                         CCConfig
-cc_connection.safetensors              decision_maker.weight (L, H); transform (H, H) or (L, H, H) when fitted
+cc_connection.safetensors              decision_maker.weight (L, H); the transform when fitted (connection/transform.py)
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cc_ds.config import CCConfig, from_dict
+from cc_ds.connection.transform import Transform
 from cc_ds.dist.consolidate import StoredTensor, stored_tensors
 from cc_ds.dist.zero import gathered
 from cc_ds.models.lora import lora_scale, merged_when_read
@@ -36,7 +37,7 @@ class StoredConnection:
     folder: str
     cc_config: CCConfig | None = None
     decision_maker: Tensor | None = None
-    transform: Tensor | None = None
+    transform: Transform | None = None
 
 
 def check_model_folder(path_or_id: str | Path) -> None:
@@ -79,14 +80,21 @@ def read_connection(path_or_id: str | Path) -> StoredConnection:
             raise ValueError(f"{folder / CONFIG_FILE}: not JSON ({error}); export the model again") from error
         cc_config = from_dict(CCConfig, stored, source=str(folder / CONFIG_FILE))
     tensors: dict[str, Tensor] = {}
+    metadata: dict[str, str] = {}
     path = folder / CONNECTION_FILE
     if path.is_file():
         try:
             with safe_open(path, framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
+                metadata = file.metadata() or {}
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path}: truncated or not safetensors ({error}); export the model again") from error
-    return StoredConnection(str(folder), cc_config, tensors.get("decision_maker.weight"), tensors.get("transform"))
+    decision_maker = tensors.pop("decision_maker.weight", None)
+    try:
+        transform = Transform.from_file(tensors, metadata)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return StoredConnection(str(folder), cc_config, decision_maker, transform)
 
 
 def apply_connection(model, stored: StoredConnection) -> None:
@@ -112,13 +120,18 @@ def apply_connection(model, stored: StoredConnection) -> None:
             raise ValueError(f"{stored.folder}/{CONNECTION_FILE}: {error}") from error
 
 
-def write_connection(folder: str | Path, cc_config: CCConfig, decision_maker: Tensor, transform: Tensor | None) -> None:
+def write_connection(
+    folder: str | Path, cc_config: CCConfig, decision_maker: Tensor, transform: Transform | None
+) -> None:
     """Write cc_config.json and cc_connection.safetensors."""
     folder = Path(folder)
     tensors = {"decision_maker.weight": decision_maker.detach().cpu().contiguous()}
+    metadata = {"format": "pt"}
     if transform is not None:
-        tensors["transform"] = transform.detach().cpu().contiguous()
-    save_file(tensors, folder / CONNECTION_FILE, metadata={"format": "pt"})
+        fitted, described = transform.to_file()
+        tensors |= fitted
+        metadata |= described
+    save_file(tensors, folder / CONNECTION_FILE, metadata=metadata)
     (folder / CONFIG_FILE).write_text(json.dumps(asdict(cc_config), indent=2) + "\n", encoding="utf-8")
 
 
@@ -137,26 +150,6 @@ def write_description(model, folder: str | Path) -> None:
     scale = lora_scale(model)
     if scale is not None:
         (folder / LORA_FILE).write_text(json.dumps({"scale": scale}) + "\n", encoding="utf-8")
-
-
-def check_transform(transform: Tensor, num_layers: int, hidden_size: int) -> None:
-    """A Transform Matrix must be (H, H) or (L, H, H) and finite.
-
-    Raises:
-        ValueError: it is not.
-    """
-    shapes = [(hidden_size, hidden_size), (num_layers, hidden_size, hidden_size)]
-    if tuple(transform.shape) not in shapes:
-        raise ValueError(
-            f"the transform has shape {tuple(transform.shape)}, this model needs {shapes[0]} or, one per layer, "
-            f"{shapes[1]}; fit it on this model with tools/fit_transform.py"
-        )
-    bad = int((~torch.isfinite(transform)).sum())
-    if bad:
-        raise ValueError(
-            f"the transform has {bad} values that are NaN or Inf; fit it again with tools/fit_transform.py "
-            f"and look at the activations it was fitted on"
-        )
 
 
 def export_checkpoint(checkpoint: Path, folder: Path, max_shard_bytes: int) -> int:

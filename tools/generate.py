@@ -25,6 +25,7 @@ from cc_ds import cli
 from cc_ds.data.columns import FORMS
 from cc_ds.data.pairs import BadRow, Row, to_row
 from cc_ds.data.sources import open_source
+from cc_ds.infer.generate import ENGLISH
 from cc_ds.infer.prompts import respond
 
 # Batches generated before their responses are written: enough to group prompts by length, few enough to lose.
@@ -37,7 +38,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     source.add_argument("--prompt", help="one prompt")
     source.add_argument("--input", help="file of rows (json, jsonl, csv, parquet, arrow); default: lines of stdin")
     parser.add_argument("--output", type=Path, help="file for the jsonl (default: stdout)")
-    parser.add_argument("--lang", help="language of the prompts, written into output rows that name none")
+    parser.add_argument("--lang", help="language of the prompts, for rows that name none")
+    parser.add_argument(
+        "--exclude", nargs="*", default=list(ENGLISH), help="languages read without the connection (default: English)"
+    )
     parser.add_argument("--english", help="the English version of --prompt, to connect to in place of the transform")
     parser.add_argument("--use_english", action="store_true", help="connect rows to the English prompt they carry")
     parser.add_argument("--no_connection", action="store_true", help="generate without the connection")
@@ -75,6 +79,8 @@ def main(argv: list[str] | None = None) -> None:
                 if with_english
                 else None,
                 connect=not args.no_connection,
+                languages=[record.get("lang") or args.lang for record, _ in first],
+                exclude=args.exclude,
                 batch_size=args.batch_size,
                 max_new_tokens=args.max_new_tokens,
                 **sampling,

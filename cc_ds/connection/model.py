@@ -12,7 +12,7 @@ Shapes: B examples, T target positions, T_en English positions, L layers, H hidd
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig, Cache, PretrainedConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -30,8 +30,9 @@ from cc_ds.config import CCConfig
 from cc_ds.connection.capture import FusePass, Hooks, Pass, ReadPass, flat_positions
 from cc_ds.connection.decision import DecisionMaker, gumbel_noise
 from cc_ds.connection.loss import labelled_loss
+from cc_ds.connection.transform import Transform
 from cc_ds.data.packing import Packed, PackedBatch
-from cc_ds.infer.generate import generate_connected
+from cc_ds.infer.generate import ENGLISH, connected_rows, fill_cache, generate_connected
 from cc_ds.models.arch import decoder_of, family_of
 from cc_ds.models.lora import merged
 
@@ -67,9 +68,10 @@ class CCModelForCausalLM:
             raise ValueError(f"fuse_layer is {self.cc_config.fuse_layer}, but the model has layers 0 to {layers - 1}")
         self.decision_maker = DecisionMaker(config.hidden_size, layers, self.cc_config)
         self._init_weights(self.decision_maker)
-        self.register_buffer("transform", None, persistent=False)
+        self.transform: Transform | None = None
         self.hooks = Hooks(self, self.family)
         self.prefill_pass: FusePass | None = None
+        self.prefill_cache: Cache | None = None
         self.labelled_loss = labelled_loss
 
     # ---- making one ----
@@ -129,16 +131,21 @@ class CCModelForCausalLM:
         if kwargs.get("is_main_process", True):
             export.write_connection(save_directory, self.cc_config, state_dict["decision_maker.weight"], self.transform)
 
-    def set_transform(self, transform: Tensor | None) -> None:
-        """Give the model its Transform Matrix W, (H, H) or (L, H, H), float32 or float64; None removes it.
+    def set_transform(self, transform: Tensor | Transform | None) -> None:
+        """Give the model its Transform Matrix; None removes it.
+
+        Args:
+            transform: W, (H, H) or (L, H, H), float32 or float64; or a Transform, which may hold one matrix per
+                language, or factors of low rank.
 
         Raises:
             ValueError: a wrong shape, NaN or Inf.
         """
+        if isinstance(transform, Tensor):
+            transform = Transform.of(transform)
         if transform is not None:
-            export.check_transform(transform, self.config.num_hidden_layers, self.config.hidden_size)
-            dtype = torch.promote_types(transform.dtype, torch.float32)
-            transform = transform.detach().to(device=self.device, dtype=dtype)
+            transform.check_fits(self.config.num_hidden_layers, self.config.hidden_size)
+            transform = transform.to(self.device)
         self.transform = transform
 
     def _set_gradient_checkpointing(
@@ -338,7 +345,9 @@ class CCModelForCausalLM:
         english_input_ids: Tensor | None = None,
         english_attention_mask: Tensor | None = None,
         english_anchors: Tensor | None = None,
-        connect: bool = True,
+        connect: bool | Tensor = True,
+        languages: Sequence[str | None] | None = None,
+        exclude: Sequence[str] = ENGLISH,
         **kwargs,
     ):
         """Hugging Face's `generate`, connected when there is something to connect to.
@@ -349,13 +358,28 @@ class CCModelForCausalLM:
         Args:
             input_ids, attention_mask: (B, T), padded on the left.
             anchors: (B,) int64; None: the last prompt token.
+            connect: whether to connect, or (B,) bool, which rows.
+            languages: B names, each row's language or None; a transform with a matrix per language needs them.
+            exclude: rows of these languages are read without the connection; by default, English.
             kwargs: Hugging Face's generation arguments.
         """
-        if not connect or (self.transform is None and english_input_ids is None):
+        able = self.transform is not None or english_input_ids is not None
+        if not able or input_ids is None:
             return super().generate(input_ids, attention_mask=attention_mask, **kwargs)
-        plain_generate = functools.partial(super().generate)
+        connected = connected_rows(input_ids.shape[0], connect, languages, exclude)
+        if not connected.any():
+            return super().generate(input_ids, attention_mask=attention_mask, **kwargs)
         english = (english_input_ids, english_attention_mask, english_anchors)
-        return generate_connected(self, plain_generate, input_ids, attention_mask, anchors, english, **kwargs)
+        return generate_connected(
+            self, super().generate, input_ids, attention_mask, anchors, english, connected, languages, **kwargs
+        )
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs: dict, *args, **kwargs) -> None:
+        # Where transformers has just made the cache that a generation asked for (static, quantized ...).
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        if self.prefill_cache is not None:
+            fill_cache(model_kwargs["past_key_values"], self.prefill_cache)
+            self.prefill_cache = None
 
 
 @functools.cache

@@ -26,7 +26,7 @@ from cc_ds.demo.tiny import save_tiny, tiny_llama, train_tokenizer
 from cc_ds.dist.group import choose_accelerator, stop_group
 from cc_ds.eval.run import evaluate, write_json
 from cc_ds.eval.tasks import load_task
-from cc_ds.transform.run import fit_model, save_fitted
+from cc_ds.transform.run import FitOptions, fit_model, save_fitted
 
 # What is scored: name -> (method, mode of evaluation, what it is).
 ARMS = {
@@ -132,7 +132,7 @@ def run_seed(seed: int, paths: DemoPaths, config: str, stages: Stages) -> dict[s
     ):
         models = {method: load(paths.tuned(method, seed)) for method in ("sft", "cc")}
         rows, _ = read_rows([paths.atlas / "pairs.jsonl"], require_response=False)
-        fit = fit_model(*models["cc"], rows, seed=seed, batch_size=64, held_out=0.15)
+        fit = fit_model(*models["cc"], rows, FitOptions(seed=seed, batch_size=64, held_out=0.15))
         save_fitted(*models["cc"][:2], fit, paths.connected(seed))
         scores = {}
         questions = load_task("atlas", paths.atlas / "test.jsonl")

@@ -15,6 +15,11 @@ from typing import Any
 from torch import Tensor, nn
 
 
+def is_partitioned(model: nn.Module) -> bool:
+    """Whether ranks hold slices of the model's parameters, so that all of them must take part in every forward."""
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
 @contextmanager
 def gathered(parameters: Iterable[nn.Parameter], modify: bool = False) -> Iterator[None]:
     """Hold partitioned parameters whole inside the context; plain parameters are left alone.
@@ -51,7 +56,7 @@ def full_state_dict(model: nn.Module, keep: bool) -> dict[str, Tensor] | None:
     Args:
         keep: whether this rank wants the result; the others take part and get None.
     """
-    if not any(hasattr(parameter, "ds_id") or is_split(parameter) for parameter in model.parameters()):
+    if not is_partitioned(model) and not any(map(is_split, model.parameters())):
         return model.state_dict() if keep else None
     whole: dict[int, Tensor] = {}
     for module in model.modules():

@@ -9,11 +9,15 @@ Shapes: B examples, T prompt positions, L layers, H hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
+
+# What a row of English is called; "en-GB" and "en_US" are English too.
+ENGLISH = ("en", "eng", "english")
 
 
 @torch.no_grad()
@@ -24,6 +28,8 @@ def generate_connected(
     attention_mask: Tensor | None,
     anchors: Tensor | None,
     english: tuple[Tensor | None, Tensor | None, Tensor | None],
+    connected: Tensor,
+    languages: Sequence[str | None] | None = None,
     **kwargs,
 ):
     """`plain_generate` with the connection in its prefill.
@@ -34,54 +40,95 @@ def generate_connected(
         input_ids, attention_mask: (B, T), padded on the left.
         anchors: (B,) int64 or None, the last prompt token.
         english: input ids, attention mask (B, T_en) and anchors (B,); the first None: use the transform.
+        connected: (B,) bool; the other rows are read as the stock model reads them.
+        languages: B, for a transform with a matrix per language.
         kwargs: Hugging Face's generation arguments.
 
     Raises:
-        ValueError: right padding, an anchor outside the prompt or on padding, or a cache handed in.
+        ValueError: right padding, an anchor outside the prompt or on padding, a cache handed in or switched off, or
+            a prefill in chunks.
     """
     if kwargs.get("past_key_values") is not None:
         raise ValueError("connected generation fills the cache itself: leave past_key_values out")
+    if _setting(model, kwargs, "use_cache") is False:
+        raise ValueError("the connection acts in the prefill and lives on in its cache: leave use_cache on")
+    if _setting(model, kwargs, "prefill_chunk_size") is not None:
+        raise ValueError("connected generation reads a prompt in one piece: leave prefill_chunk_size out")
     attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     anchors = _checked_anchors(input_ids, attention_mask, anchors)
+    connected = connected.to(input_ids.device)
     if english[0] is not None:
         english_LBH, cache, start = _english_activations(model, english), None, 0
-        mask = english[1].any(dim=1) if english[1] is not None else None
+        if english[1] is not None:
+            connected = connected & english[1].any(dim=1)
     else:
-        english_LBH, cache, start = _read_prompt(model, input_ids, attention_mask, anchors)
-        mask = None
+        source_LBH, cache, start = _read_prompt(model, input_ids, attention_mask, anchors)
+        if languages is not None:
+            languages = [name if on else None for name, on in zip(languages, connected.tolist(), strict=True)]
+        english_LBH = model.transform(source_LBH, languages)
     # Beams and several returned sequences: generate repeats the prompts, so what was read is repeated here.
-    repeats = _repeats(model, kwargs)
+    repeats = max(_setting(model, kwargs, name) or 1 for name in ("num_beams", "num_return_sequences"))
     fuse = model.fuse_pass(
         english_LBH.repeat_interleave(repeats, dim=1),
         (anchors - start).repeat_interleave(repeats),
         input_ids.shape[1] - start,
-        None if mask is None else mask.repeat_interleave(repeats),
+        connected.repeat_interleave(repeats),
     )
     if cache is not None:
-        cache.batch_repeat_interleave(repeats)
-        kwargs["past_key_values"] = cache
-    model.prefill_pass = fuse
+        if repeats > 1:
+            cache.batch_repeat_interleave(repeats)
+        if _setting(model, kwargs, "cache_implementation") in (None, "dynamic"):
+            kwargs["past_key_values"], cache = cache, None
+    # A cache of another kind is made by generate itself, and then filled (CCModelForCausalLM).
+    model.prefill_pass, model.prefill_cache = fuse, cache
     try:
         return plain_generate(input_ids, attention_mask=attention_mask, **kwargs)
     finally:
-        model.prefill_pass = None
+        model.prefill_pass = model.prefill_cache = None
+
+
+def fill_cache(cache: Cache, kept: Cache) -> None:
+    """Put the keys and values of `kept` into an empty cache of any kind."""
+    for index, layer in enumerate(kept.layers):
+        cache.update(layer.keys, layer.values, index)
+
+
+def connected_rows(
+    rows: int, connect: bool | Tensor, languages: Sequence[str | None] | None, exclude: Sequence[str]
+) -> Tensor:
+    """(B,) bool: the rows to connect, those of an excluded language left out.
+
+    Raises:
+        ValueError: not one language, or one value of `connect`, for each row.
+    """
+    wanted = torch.as_tensor(connect).cpu().bool()
+    if wanted.ndim and wanted.shape != (rows,):
+        raise ValueError(f"connect must be one bool or have shape ({rows},), not {tuple(wanted.shape)}")
+    if languages is not None and len(languages) != rows:
+        raise ValueError(f"languages must name {rows} languages, one for each row, not {len(languages)}")
+    excluded = [is_language(name, exclude) for name in languages or [None] * rows]
+    return wanted.expand(rows) & ~torch.tensor(excluded)
+
+
+def is_language(name: str | None, wanted: Sequence[str]) -> bool:
+    """Whether a language is one of `wanted`, whatever region or script it adds: en-GB is en."""
+    plain = (name or "").lower().replace("_", "-")
+    return any(plain == other.lower() or plain.startswith(other.lower() + "-") for other in wanted)
 
 
 def _read_prompt(model, input_ids, attention_mask, anchors) -> tuple[Tensor, DynamicCache | None, int]:
-    """First read: E~ = S W at the anchors, and the cache cut at the first anchor, which is `start`."""
+    """First read: S at the anchors, and the cache cut at the first anchor, which is `start`."""
     # Without the config, every layer keeps all positions: sliding layers would have dropped what the cut needs.
     cache = DynamicCache()
     positions = (attention_mask.cumsum(dim=1) - 1).clamp_min(0)
     source_LBH = model.anchor_activations(
         input_ids, attention_mask, anchors, past_key_values=cache, use_cache=True, position_ids=positions
     )
-    wide = model.transform.dtype
-    english_LBH = (source_LBH.to(wide) @ model.transform).to(source_LBH.dtype)
     start = int(anchors.min())
     if start == 0:
-        return english_LBH, None, 0
+        return source_LBH, None, 0
     cache.crop(start - input_ids.shape[1])
-    return english_LBH, cache, start
+    return source_LBH, cache, start
 
 
 def _english_activations(model, english) -> Tensor:
@@ -106,11 +153,9 @@ def _checked_anchors(input_ids: Tensor, attention_mask: Tensor, anchors: Tensor 
     return anchors
 
 
-def _repeats(model, kwargs: dict) -> int:
-    config = kwargs.get("generation_config") or model.generation_config
-
-    def setting(name: str) -> int:
-        value = kwargs.get(name)
-        return (value if value is not None else getattr(config, name, None)) or 1
-
-    return max(setting("num_beams"), setting("num_return_sequences"))
+def _setting(model, kwargs: dict[str, Any], name: str) -> Any:
+    """A generation argument: as given, else of the generation config."""
+    value = kwargs.get(name)
+    return (
+        value if value is not None else getattr(kwargs.get("generation_config") or model.generation_config, name, None)
+    )

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from cc_ds.infer.generate import ENGLISH
+
 if TYPE_CHECKING:
     from cc_ds import CCModelForCausalLM
     from cc_ds.data.templates import RenderedPrompt, Template
@@ -80,6 +82,8 @@ def respond(
     prompts: Sequence[RenderedPrompt],
     english: Sequence[RenderedPrompt | None] | None = None,
     connect: bool = True,
+    languages: Sequence[str | None] | None = None,
+    exclude: Sequence[str] = ENGLISH,
     batch_size: int = 8,
     max_new_tokens: int = 256,
     **generation: Any,
@@ -88,6 +92,7 @@ def respond(
 
     With `english` (one prompt or None per row) the connection takes the real English prompt where there is one, and a
     row without it is read plain. Without `english` it takes the model's transform; with connect=False nothing.
+    Rows whose language, in `languages`, is one of `exclude` are read without the connection in the same batch.
     `generation` holds Hugging Face's arguments; decoding is greedy unless they say otherwise, and ends at the
     template's stop tokens.
     """
@@ -100,6 +105,8 @@ def respond(
             inputs: dict[str, Any] = {"connect": connected}
             if connected:
                 inputs["anchors"] = anchors
+                if languages is not None:
+                    inputs |= {"languages": [languages[i] for i in rows], "exclude": exclude}
                 if english is not None:
                     padded = pad_prompts([english[i] for i in rows], pad_id, "left", model.device)
                     names = ("english_input_ids", "english_attention_mask", "english_anchors")

@@ -1,13 +1,16 @@
 """Collect the FFN outputs that a Transform Matrix is fitted on: S of target prompts, E of their English prompts.
 
-Pairs of rendered prompts -> batches of like length -> the model's anchor activations -> shards on disk. Each shard
-names its pairs (`pair_id`), so nothing is ever matched by order. Both passes are without a connection.
+Pairs of rendered prompts -> a plan of shards -> each shard's prompts in batches of like length -> the model's anchor
+activations -> the shard on disk (shards.py). A collection that was stopped goes on with the shards that are missing and
+ends as if it had not been. Shards are dealt over ranks; a model that is partitioned over them (ZeRO-3) takes all ranks
+to every forward, so ranks that have run out of prompts read a stand-in. Both passes are without a connection.
 
 Shapes: N pairs, L layers, H hidden size.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,17 +18,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from cc_ds.dist.group import Group
+from cc_ds.dist.zero import is_partitioned
 from cc_ds.infer.prompts import length_batches, pad_prompts, progress
+from cc_ds.transform.shards import holds, shard_path, write_shard
 
 if TYPE_CHECKING:
     from cc_ds import CCModelForCausalLM
     from cc_ds.data.templates import RenderedPrompt
 
-_TENSORS = ("source", "target", "pair_id", "english_id")
+_PLAN_FILE = "plan.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,84 +48,54 @@ class PromptPair:
     """The English prompt."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Activations:
-    """Activations of N pairs, in ascending order of pair_id."""
-
-    source: Tensor
-    """S, (N, L, H), in the model's dtype, on the CPU."""
-    target: Tensor
-    """E, (N, L, H), likewise."""
-    pair_id: Tensor
-    """(N,) int64."""
-    english_id: Tensor
-    """(N,) int64, equal exactly where two pairs share one English prompt."""
-    langs: list[str]
-    """N target languages."""
-
-    def select(self, pair_ids: Sequence[int]) -> Activations:
-        """The pairs with these ids, in this order."""
-        place = {pair_id: row for row, pair_id in enumerate(self.pair_id.tolist())}
-        rows = [place[pair_id] for pair_id in pair_ids]
-        tensors = {name: getattr(self, name)[rows] for name in _TENSORS}
-        return Activations(**tensors, langs=[self.langs[row] for row in rows])
-
-
 def collect_activations(
     model: CCModelForCausalLM,
     pairs: Sequence[PromptPair],
     folder: str | Path,
     pad_id: int = 0,
     batch_size: int = 8,
-    pairs_per_shard: int = 512,
-) -> Activations:
-    """Read every prompt of `pairs` and return the activations at their anchors, streamed through shards in `folder`.
+    pairs_per_shard: int = 256,
+    group: Group | None = None,
+) -> int:
+    """Read every prompt of `pairs` and write the activations at their anchors as shards into `folder`.
 
     The model is put into eval mode for the time. Pairs that share an English prompt stand in one shard where they
-    fit, and the prompt is read once there. ValueError: no pairs, a pair id twice, or a folder that already holds
-    shards (of which model, nobody could tell).
+    fit, and the prompt is read once there. Every rank of `group` must call it, with the same pairs and a folder that
+    all of them see.
+
+    Returns:
+        Shards written now, by all ranks; those that stood there already are kept and not read again.
+
+    Raises:
+        ValueError: no pairs, a pair id twice, or a folder that holds shards of other pairs or of another model.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.glob("pairs-*.safetensors")):
-        raise ValueError(f"{folder} already holds activation shards; give an empty folder, or delete them")
+    folder, group = Path(folder), group or Group.alone()
     if not pairs:
         raise ValueError("there are no prompt pairs to collect activations of")
     if len({pair.pair_id for pair in pairs}) < len(pairs):
         raise ValueError("pair_id must be unique: two pairs have the same")
     english = {key: number for number, key in enumerate(dict.fromkeys(_key(pair.target) for pair in pairs))}
     ordered = sorted(pairs, key=lambda p: (-len(p.target.ids), english[_key(p.target)]))
+    shards = [ordered[start : start + pairs_per_shard] for start in range(0, len(ordered), pairs_per_shard)]
     training = model.training
     model.eval()
     try:
-        with progress(len(pairs), "collecting", "pair") as bar:
-            for number, start in enumerate(range(0, len(ordered), pairs_per_shard)):
-                shard = ordered[start : start + pairs_per_shard]
+        probe = anchor_activations(model, [ordered[0].target], pad_id)
+        pending = group.main_only(lambda: _pending(folder, shards, _digest(ordered, pairs_per_shard), probe))
+        mine = [shards[number] for number in pending[group.rank :: group.world_size]]
+        forwards = sum(_forwards(shard, batch_size) for shard in mine)
+        idle = max(group.gather(forwards)) - forwards if is_partitioned(model) else 0
+        with progress(sum(map(len, mine)), "collecting", "pair") as bar:
+            for number, shard in zip(pending[group.rank :: group.world_size], mine, strict=True):
                 english_ids = [english[_key(pair.target)] for pair in shard]
                 tensors = _read_shard(model, shard, english_ids, pad_id, batch_size, bar.update)
-                _write_shard(tensors, [pair.lang for pair in shard], folder / f"pairs-{number:05d}.safetensors")
+                write_shard(tensors, [pair.lang for pair in shard], shard_path(folder, number))
+            for _ in range(idle):
+                anchor_activations(model, [ordered[0].target], pad_id)
     finally:
         model.train(training)
-    return load_activations(folder)
-
-
-def load_activations(folder: str | Path) -> Activations:
-    """Read all shards of a folder, ordered by pair_id. ValueError: no shards, or a pair that stands in two."""
-    paths = sorted(Path(folder).glob("pairs-*.safetensors"))
-    if not paths:
-        raise ValueError(f"{folder} holds no activation shards (pairs-*.safetensors)")
-    parts: dict[str, list[Tensor]] = {name: [] for name in _TENSORS}
-    langs: list[str] = []
-    for path in paths:
-        with safe_open(path, framework="pt") as shard:
-            for name in _TENSORS:
-                parts[name].append(shard.get_tensor(name))
-            langs += json.loads(shard.metadata()["lang"])
-    pair_id, order = torch.sort(torch.cat(parts.pop("pair_id")))
-    if len(pair_id.unique()) < len(pair_id):
-        raise ValueError(f"the shards of {folder} hold a pair twice; collect into an empty folder")
-    tensors = {name: torch.cat(tensors)[order] for name, tensors in parts.items()}
-    return Activations(**tensors, pair_id=pair_id, langs=[langs[row] for row in order.tolist()])
+    group.barrier()
+    return len(pending)
 
 
 @torch.inference_mode()
@@ -147,8 +123,53 @@ def anchor_activations(
     return found
 
 
+def _pending(folder: Path, shards: Sequence[Sequence[PromptPair]], digest: str, probe: Tensor) -> list[int]:
+    """Numbers of the shards that are still to be written, once the folder is known to be of this collection."""
+    folder.mkdir(parents=True, exist_ok=True)
+    plan = folder / _PLAN_FILE
+    if plan.exists():
+        _check_plan(plan, digest, probe)
+    elif any(folder.glob("pairs-*.safetensors")):
+        raise ValueError(f"{folder} already holds activation shards, but no {_PLAN_FILE}; give an empty folder")
+    else:
+        partial = plan.with_suffix(".partial")
+        save_file({"probe": probe.contiguous()}, partial, metadata={"digest": digest})
+        partial.replace(plan)
+    return [
+        number
+        for number, shard in enumerate(shards)
+        if not holds(shard_path(folder, number), [pair.pair_id for pair in shard])
+    ]
+
+
+def _check_plan(plan: Path, digest: str, probe: Tensor) -> None:
+    try:
+        with safe_open(plan, framework="pt") as file:
+            same_pairs, before = (file.metadata() or {}).get("digest") == digest, file.get_tensor("probe")
+    except SafetensorError as error:
+        raise ValueError(f"{plan}: damaged ({error}); empty the folder and collect again") from error
+    if not same_pairs:
+        raise ValueError(f"{plan.parent} already holds activations of other prompts; give another folder, or empty it")
+    # A prompt's activations, read again: any change of the weights that matters changes them. Tolerance: batches and
+    # kernels of other machines.
+    tolerance = 1e-3 if probe.dtype in (torch.float32, torch.float64) else 5e-2
+    distance = (before.double() - probe.double()).norm() if before.shape == probe.shape else float("inf")
+    if distance > tolerance * probe.double().norm():
+        raise ValueError(f"{plan.parent} already holds activations of another model; give another folder, or empty it")
+
+
+def _digest(pairs: Sequence[PromptPair], pairs_per_shard: int) -> str:
+    plan = [(pair.pair_id, pair.lang, *_key(pair.source), *_key(pair.target)) for pair in pairs]
+    return hashlib.sha256(json.dumps([pairs_per_shard, plan]).encode()).hexdigest()
+
+
 def _key(prompt: RenderedPrompt) -> tuple:
     return tuple(prompt.ids), prompt.anchor
+
+
+def _forwards(shard: Sequence[PromptPair], batch_size: int) -> int:
+    english = len({_key(pair.target) for pair in shard})
+    return -(-english // batch_size) + -(-len(shard) // batch_size)
 
 
 def _read_shard(model, pairs, english_ids, pad_id, batch_size, on_batch) -> dict[str, Tensor]:
@@ -161,10 +182,3 @@ def _read_shard(model, pairs, english_ids, pad_id, batch_size, on_batch) -> dict
         "pair_id": torch.tensor([pair.pair_id for pair in pairs]),
         "english_id": torch.tensor(english_ids),
     }
-
-
-def _write_shard(tensors: dict[str, Tensor], langs: list[str], path: Path) -> None:
-    # Written aside and renamed: a shard that exists is whole.
-    partial = path.with_suffix(".partial")
-    save_file(tensors, partial, metadata={"lang": json.dumps(langs)})
-    partial.replace(path)

@@ -1,41 +1,63 @@
 """Fit the Transform Matrix: the linear map from a target prompt's FFN outputs to its English prompt's.
 
-N pairs come in as two (N, L, H) tensors, S (target language) and E (English). Their rows are squeezed, block by block,
-into one triangular factor that holds everything least squares needs, and an SVD of that factor gives W. The factor is
-at most 2H x 2H whatever N is, so more pairs cost time, not memory. Source: "The Transform Matrix (offline)" of the
-method; CC-Tuning, arXiv 2506.00875.
+Rows of S (target language) and E (English) are read once, block by block, into sufficient statistics of size H x H
+(statistics.py), from which W is solved (solve.py): more pairs cost time, not memory. One matrix for all layers is one
+problem; one per layer or per language, as many, solved one after the other. Source: "The Transform Matrix (offline)" of
+the method; CC-Tuning, arXiv 2506.00875.
+
+Shapes: N pairs, L layers, H hidden size, M problems.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from cc_ds.connection.transform import Transform
+from cc_ds.transform.solve import RidgePath, Solution, low_rank, ridge_path, solve
+from cc_ds.transform.statistics import Statistics
+
 logger = logging.getLogger(__name__)
 
-# Rows squeezed per factorisation, in multiples of H: large enough that carrying the 2H x 2H factor along is cheap.
-_BLOCK_ROWS_PER_HIDDEN = 8
+Rows = Iterator[tuple[Tensor, Tensor, bool]]
+"""S and E, each (n, H), and whether these rows choose the ridge (True) or are fitted while it is chosen (False)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Problem:
+    """One least squares problem; its rows may be read twice."""
+
+    name: str
+    """all, a layer's number or a language."""
+    rows: Callable[[], Rows]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FitResult:
-    """A fitted transform and what its least squares problem looked like."""
+    """A fitted transform and what its least squares problems looked like; one entry in each tuple for each matrix."""
 
-    transform: Tensor
-    """W, (H, H) for all layers or (L, H, H), one for each; applied on the right: E ~ S W."""
-    rows: int
-    """Rows of each least squares problem: N * L for one shared matrix, N for one per layer."""
+    transform: Transform
+    """Applied on the right: E ~ S W."""
+    problems: tuple[str, ...]
+    """all; layers' numbers; or languages."""
+    rows: tuple[int, ...]
+    """Rows of each problem."""
     hidden_size: int
     """H, the rank of a problem that determines W."""
     rank: tuple[int, ...]
-    """Numerical rank of S, one entry for each matrix fitted."""
+    """Numerical rank of S."""
     condition: tuple[float, ...]
-    """Largest over smallest singular value of S that counts, one entry for each matrix fitted (inf where S is 0)."""
+    """Largest over smallest singular value of S that counts (inf where S is 0); an estimate."""
     relative_error: tuple[float, ...]
-    """|S W - E| / |E| on the pairs fitted, Frobenius norms, one entry for each matrix. Says nothing of other pairs."""
+    """|S W - E| / |E| on the pairs fitted, Frobenius norms. Says nothing of other pairs."""
+    ridge: tuple[float, ...]
+    """Relative to the mean diagonal entry of S^T S."""
+    paths: tuple[RidgePath, ...]
+    """How the ridge was chosen; empty where it was given."""
 
     @property
     def rank_deficient(self) -> bool:
@@ -43,91 +65,147 @@ class FitResult:
         return min(self.rank) < self.hidden_size
 
 
-def fit_transform(source: Tensor, target: Tensor, ridge: float = 0.0, per_layer: bool = False) -> Tensor:
+def fit_transform(source: Tensor, target: Tensor, ridge: float | str = 0.0, per_layer: bool = False) -> Tensor:
     """Return the W that minimises  sum over l, n of |S W - E|^2  +  ridge * mean(diag(S^T S)) * |W|^2.
 
     `source` S and `target` E: (N, L, H), any floating dtype. W: (H, H), or (L, H, H) with `per_layer`, where every
     layer is a problem of its own; float64 if an input is, else float32. The solution is computed in float64.
 
     `ridge` is relative to the mean diagonal entry of S^T S (for one matrix per layer, of that layer's), so one value
-    means the same for every number of pairs, model size and scale of activations. Where S has less than full rank,
-    W is the solution of minimum norm and a warning gives the numbers. ValueError: shapes that differ or are empty, a
-    dtype that is not floating, NaN or infinity (the first pair and layer are named), a negative ridge.
+    means the same for every number of pairs, model size and scale of activations; "auto" takes the one that does best
+    on every fifth pair while the others are fitted, and then fits all. Where S has less than full rank, W is the
+    solution of minimum norm and a warning gives the numbers. ValueError: shapes that differ or are empty, a dtype that
+    is not floating, NaN or infinity (the first pair and layer are named), a ridge that is neither "auto" nor a number
+    of at least 0.
     """
-    return fit_transform_result(source, target, ridge=ridge, per_layer=per_layer).transform
+    scope = "per_layer" if per_layer else "shared"
+    return fit_transform_result(source, target, ridge=ridge, scope=scope).transform.matrix
+
+
+def fit_transform_result(
+    source: Tensor,
+    target: Tensor,
+    ridge: float | str = 0.0,
+    scope: str = "shared",
+    langs: Sequence[str] | None = None,
+    rank: int | None = None,
+) -> FitResult:
+    """`fit_transform` with what the problems looked like beside W.
+
+    `scope`: shared, per_layer, or per_language with each pair's language in `langs`. `rank`: W as two factors of that
+    rank. The tensors stay where they are: give them on the GPU to fit there.
+    """
+    check_activations(source, target)
+    _, num_layers, hidden = source.shape
+    choosing = torch.arange(len(source)) % 5 == 4 if ridge == "auto" else torch.zeros(len(source), dtype=torch.bool)
+
+    def rows(pairs: Tensor, layers: slice) -> Callable[[], Rows]:
+        def read() -> Rows:
+            for flag in (False, True):
+                chosen = (pairs & (choosing == flag)).nonzero().flatten().to(source.device)
+                if len(chosen):
+                    part = (tensor[chosen, layers].reshape(-1, hidden) for tensor in (source, target))
+                    yield (*part, flag)
+
+        return read
+
+    everyone = torch.ones(len(source), dtype=torch.bool)
+    if scope == "per_layer":
+        problems = [Problem(name=str(k), rows=rows(everyone, slice(k, k + 1))) for k in range(num_layers)]
+    elif scope == "per_language":
+        if langs is None or len(langs) != len(source):
+            raise ValueError(f"one matrix per language needs {len(source)} languages, one for each pair")
+        problems = [
+            Problem(name=lang, rows=rows(torch.tensor([other == lang for other in langs]), slice(None)))
+            for lang in sorted(set(langs))
+        ]
+    else:
+        problems = [Problem(name="all", rows=rows(everyone, slice(None)))]
+    dtype = torch.promote_types(torch.promote_types(source.dtype, target.dtype), torch.float32)
+    return fit_problems(problems, hidden, scope, ridge=ridge, rank=rank, dtype=dtype, device=source.device)
 
 
 @torch.no_grad()
-def fit_transform_result(source: Tensor, target: Tensor, ridge: float = 0.0, per_layer: bool = False) -> FitResult:
-    """`fit_transform` with the rank, the condition and the error of the fit beside W."""
-    _check(source, target, ridge)
-    num_pairs, num_layers, hidden = source.shape
-    if per_layer:
-        problems = [(source[:, layer], target[:, layer]) for layer in range(num_layers)]
-    else:
-        problems = [(source.reshape(-1, hidden), target.reshape(-1, hidden))]
-    solved = [_solve(*_compress(*problem), rows=len(problem[0]), ridge=ridge) for problem in problems]
-    matrices, ranks, conditions, errors = zip(*solved, strict=True)
-    dtype = torch.float64 if torch.float64 in (source.dtype, target.dtype) else torch.float32
-    transform = torch.stack(matrices) if per_layer else matrices[0]
+def fit_problems(
+    problems: Sequence[Problem],
+    hidden_size: int,
+    scope: str,
+    *,
+    ridge: float | str = "auto",
+    rank: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    group=None,
+) -> FitResult:
+    """Fit every problem, one in memory at a time: 4 H x H float64 matrices and the working space of the solver.
+
+    `dtype`: of the rows, and of W. `group`: ranks (dist.group.Group) that each read rows of their own; every rank gets
+    the result. ValueError: a ridge or rank out of range.
+    """
+    if ridge != "auto" and not (isinstance(ridge, (int, float)) and 0 <= ridge < float("inf")):
+        raise ValueError(f'ridge must be "auto" or a finite number >= 0, got {ridge}')
+    if rank is not None and not 1 <= rank <= hidden_size:
+        raise ValueError(f"the rank of W must be between 1 and {hidden_size}, the hidden size, got {rank}")
+    factors, solutions, paths, rows = [], [], [], []
+    for problem in problems:
+        solution, path, statistics = _fit(problem, hidden_size, ridge, dtype, device, group)
+        kept = (solution.matrix,) if rank is None else low_rank(statistics, solution.matrix, rank)
+        factors.append([factor.to(dtype) for factor in kept])
+        solutions.append(solution)
+        paths += [path] if path is not None else []
+        rows.append(statistics.rows)
+    whole = [torch.stack(parts) if scope != "shared" else parts[0] for parts in zip(*factors, strict=True)]
+    names = tuple(problem.name for problem in problems)
     result = FitResult(
-        transform=transform.to(dtype),
-        rows=num_pairs * (1 if per_layer else num_layers),
-        hidden_size=hidden,
-        rank=ranks,
-        condition=conditions,
-        relative_error=errors,
+        transform=Transform(whole, scope, names if scope == "per_language" else ()),
+        problems=names,
+        rows=tuple(rows),
+        hidden_size=hidden_size,
+        paths=tuple(paths),
+        **{
+            name: tuple(getattr(solution, name) for solution in solutions)
+            for name in ("rank", "condition", "relative_error", "ridge")
+        },
     )
     if result.rank_deficient:
-        logger.warning(_deficiency(result, num_pairs, num_layers, ridge, per_layer))
+        logger.warning(_deficiency(result))
     return result
 
 
-def _compress(source_rows: Tensor, target_rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotate (rows, H) S and E into at most 2H rows with the same S^T S, S^T E and E^T E, in float64.
-
-    The triangular factor R of [S | E] = Q R has those products because Q is orthonormal, and QR of [R; further rows]
-    is QR of them all. Unlike the products themselves it does not square the condition number.
-    """
-    hidden = source_rows.shape[1]
-    block_rows = _BLOCK_ROWS_PER_HIDDEN * hidden
-    factor = source_rows.new_zeros((0, 2 * hidden), dtype=torch.float64)
-    for start in range(0, len(source_rows), block_rows):
-        stop = start + block_rows
-        block = torch.cat([source_rows[start:stop].double(), target_rows[start:stop].double()], dim=1)
-        factor = torch.linalg.qr(torch.cat([factor, block]), mode="r").R
-    return factor[:, :hidden], factor[:, hidden:]
-
-
-def _solve(source: Tensor, target: Tensor, rows: int, ridge: float) -> tuple[Tensor, int, float, float]:
-    """Ridge least squares by SVD: (W, rank of S, condition, relative error). Values at rounding level are dropped."""
-    hidden = source.shape[1]
-    left, singular, right_t = torch.linalg.svd(source, full_matrices=False)
-    # The bound numpy.linalg.lstsq and LAPACK's gelsd are run with, for the matrix as it was before compression.
-    cutoff = torch.finfo(torch.float64).eps * max(rows, hidden) * singular[0]
-    counts = singular > cutoff
-    left, singular, right_t = left[:, counts], singular[counts], right_t[counts]
-    penalty = ridge * source.square().sum() / hidden
-    weights = singular / (singular.square() + penalty)
-    transform = right_t.T @ (weights[:, None] * (left.T @ target))
-    rank = len(singular)
-    condition = float(singular[0] / singular[-1]) if rank else float("inf")
-    residual, size = float((source @ transform - target).norm()), float(target.norm())
-    error = residual / size if size > 0 else (0.0 if residual == 0 else float("inf"))
-    return transform, rank, condition, error
+def _fit(
+    problem: Problem, hidden_size: int, ridge: float | str, dtype: torch.dtype, device: torch.device | str, group
+) -> tuple[Solution, RidgePath | None, Statistics]:
+    # Float32 products first; where they are not exact enough, the rows are read again.
+    for products in (dtype,) if dtype == torch.float64 else (torch.float32, torch.float64):
+        train, choosing = (Statistics(hidden_size, products, device) for _ in range(2))
+        for source, target, chooses in problem.rows():
+            (choosing if chooses else train).add(source, target)
+        train.complete(group)
+        choosing.complete(group)
+        path = ridge_path(train, choosing) if ridge == "auto" and train.rows and choosing.rows else None
+        train.merge(choosing)
+        solution = solve(train, ridge if ridge != "auto" else path.best if path else 0.0)
+        if solution.trusted:
+            break
+    if ridge == "auto" and path is None:
+        logger.warning("%s: too few English prompts to choose a ridge on some of them; fitted without", problem.name)
+    return solution, path, train
 
 
-def _deficiency(result: FitResult, num_pairs: int, num_layers: int, ridge: float, per_layer: bool) -> str:
-    where = f" (lowest of {num_layers} layers)" if per_layer else ""
-    rows = f"{result.rows} rows ({num_pairs} pairs{'' if per_layer else f' x {num_layers} layers'})"
+def _deficiency(result: FitResult) -> str:
+    worst = min(range(len(result.rank)), key=lambda k: result.rank[k])
+    kind = {"per_layer": "layer ", "per_language": "language "}.get(result.transform.scope, "")
+    where = f" ({kind}{result.problems[worst]}, the lowest of {len(result.rank)})" if kind else ""
+    ridge = result.ridge[worst]
     effect = "the ridge term decides the rest" if ridge > 0 else "the minimum-norm solution leaves the rest at zero"
     return (
-        f"Transform fit is rank-deficient: {rows} span {min(result.rank)} of H = {result.hidden_size} directions"
-        f"{where}; {effect}. Use more pairs, and judge the fit on held-out pairs."
+        f"Transform fit is rank-deficient: {result.rows[worst]} rows span {result.rank[worst]} of "
+        f"H = {result.hidden_size} directions{where}; {effect}. Use more pairs, and judge the fit on held-out pairs."
     )
 
 
-def _check(source: Tensor, target: Tensor, ridge: float) -> None:
+def check_activations(source: Tensor, target: Tensor, pair_ids: Sequence[int] | None = None) -> None:
+    """ValueError: activations (N, L, H) that no fit can use; `pair_ids` name the pairs in the message."""
     if source.shape != target.shape or source.ndim != 3:
         raise ValueError(
             "source and target must be the same shape (N, L, H): "
@@ -135,8 +213,6 @@ def _check(source: Tensor, target: Tensor, ridge: float) -> None:
         )
     if 0 in source.shape:
         raise ValueError(f"nothing to fit: source has shape {tuple(source.shape)}; give at least one pair (N >= 1)")
-    if not ridge >= 0 or ridge == float("inf"):
-        raise ValueError(f"ridge must be a finite number >= 0, got {ridge}")
     for name, tensor in (("source", source), ("target", target)):
         if not tensor.is_floating_point():
             raise ValueError(f"{name} must have a floating dtype, got {tensor.dtype}")
@@ -144,6 +220,7 @@ def _check(source: Tensor, target: Tensor, ridge: float) -> None:
         if len(bad):
             pair, layer = bad[0].tolist()
             raise ValueError(
-                f"{name} holds NaN or infinity at pair {pair}, layer {layer} ({len(bad)} such pair-layer vectors in "
-                "all); drop these pairs, or collect the activations in bfloat16 or float32 instead of float16"
+                f"{name} holds NaN or infinity at pair {pair_ids[pair] if pair_ids else pair}, layer {layer} "
+                f"({len(bad)} such pair-layer vectors in all); drop these pairs, or collect the activations in "
+                "bfloat16 or float32 instead of float16"
             )

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from cc_ds.connection.transform import Transform
+
 METRICS = ("relative_error", "cosine", "retrieval")
 BASELINES = ("identity", "mean")
 
@@ -21,12 +23,12 @@ BASELINES = ("identity", "mean")
 def transform_report(
     source: Tensor,
     target: Tensor,
-    transform: Tensor,
+    transform: Transform | Tensor,
     langs: Sequence[str],
     english_ids: Tensor,
     mean_target: Tensor,
 ) -> dict:
-    """Score `transform`, (H, H) or (L, H, H), on held-out pairs.
+    """Score `transform`, a Transform or W itself, (H, H) or (L, H, H), on held-out pairs.
 
     `source`, `target`: (N, L, H). `langs`: N target languages. `english_ids`: (N,) integers, equal exactly where two
     pairs have the same English prompt. `mean_target`: (L, H), the mean English vector of the pairs fitted.
@@ -41,14 +43,15 @@ def transform_report(
     {pairs, candidates, all, languages: {lang: {pairs, transform | identity | mean: {metric: {mean, layers}}}},
     warnings}.
     """
-    source, target, transform, mean_target = (t.float() for t in (source, target, transform, mean_target))
+    transform = Transform.of(transform) if isinstance(transform, Tensor) else transform
+    source, target, mean_target = (t.float() for t in (source, target, mean_target))
     if not len(source) == len(target) == len(langs) == len(english_ids) or not len(source):
         raise ValueError(
             "a report needs at least one held-out pair, and as many languages and English ids as pairs: got "
             f"{len(source)} source, {len(target)} target, {len(langs)} languages, {len(english_ids)} English ids"
         )
     predictions = {
-        "transform": torch.einsum("nlh,lhk->nlk", source, transform.expand(source.shape[1], -1, -1)),
+        "transform": transform(source.transpose(0, 1), langs).transpose(0, 1),
         "identity": source,
         "mean": mean_target.expand_as(target),
     }

@@ -2,23 +2,57 @@
 
 from __future__ import annotations
 
+import random
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from cc_ds.dist.group import Group
+from cc_ds.dist.zero import full_state_dict
 from cc_ds.eval.run import write_json
 from cc_ds.infer.prompts import pad_token_id
-from cc_ds.transform.collect import Activations, PromptPair, collect_activations
-from cc_ds.transform.fit import FitResult, fit_transform_result
+from cc_ds.transform.collect import PromptPair, collect_activations
+from cc_ds.transform.figures import plot_report
+from cc_ds.transform.fit import FitResult, fit_problems
 from cc_ds.transform.report import transform_report
-from cc_ds.transform.sample import sample_pairs
+from cc_ds.transform.sample import sample_pairs, split_by_english
+from cc_ds.transform.shards import load_activations, mean_target, shard_problems
+from cc_ds.transform.solve import singular_values
 
 if TYPE_CHECKING:
     from cc_ds import CCModelForCausalLM
     from cc_ds.data.pairs import Row
     from cc_ds.data.templates import Template
+
+# Of the pairs fitted, to choose the ridge on; W is then fitted on all of them.
+_CHOOSING_SHARE = 0.2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FitOptions:
+    """What a fit can be asked for."""
+
+    num_pairs: int = 1000
+    """Pairs sampled in all, balanced over languages."""
+    held_out: float = 0.1
+    """Share of them that the fit does not see and is judged on; no English prompt is on both sides."""
+    ridge: float | str = "auto"
+    """Relative to the mean diagonal of S^T S; "auto": the best on a fifth of the fitted pairs, then all are fitted."""
+    scope: str = "shared"
+    """shared, per_layer or per_language."""
+    rank: int | None = None
+    """W as two factors of this rank; None: whole."""
+    batch_size: int = 8
+    """Prompts read at once."""
+    seed: int = 0
+    """Of the sample and the splits."""
+    activations: str | Path | None = None
+    """Keep the collected activations there, or go on with those of a stopped run; None: a temporary folder."""
 
 
 def fit_model(
@@ -26,29 +60,25 @@ def fit_model(
     tokenizer: Any,
     template: Template,
     rows: Sequence[Row],
-    *,
-    num_pairs: int = 1000,
-    held_out: float = 0.1,
-    ridge: float = 0.0,
-    per_layer: bool = False,
-    batch_size: int = 8,
-    seed: int = 0,
-    activations_folder: str | Path | None = None,
+    options: FitOptions | None = None,
+    group: Group | None = None,
 ) -> dict[str, Any]:
     """Fit W on a sample of `rows` and put it into `model` (METHOD, The Transform Matrix).
 
     Args:
         rows: prompts with their English versions; responses are not read.
-        num_pairs: pairs sampled in all, balanced over languages.
-        held_out: share of them that the fit does not see and is judged on; no English prompt is on both sides.
-        ridge: relative to the mean diagonal of S^T S.
-        per_layer: one matrix per layer (L, H, H) instead of one for all (H, H).
-        activations_folder: keep the collected activations there.
+        group: every rank of it must call this, with the same rows.
 
     Returns:
-        {"fit": rank, residuals and sizes, "held_out": the report of `transform_report`, or None}, ready for json.
+        {"fit": ranks, ridges, residuals and sizes, "held_out": the report of `transform_report`, or None}, ready for
+        json.
     """
-    fit, judged = sample_pairs(rows, num_pairs, held_out, seed)
+    options, group = options or FitOptions(), group or Group.alone()
+    fit, judged = sample_pairs(rows, options.num_pairs, options.held_out, options.seed)
+    share = _CHOOSING_SHARE if options.ridge == "auto" else 0.0
+    train, choosing = split_by_english(rows, fit, share, random.Random(options.seed))
+    if not train:
+        train, choosing = choosing, []
     pairs = [
         PromptPair(
             pair_id=index,
@@ -58,33 +88,70 @@ def fit_model(
         )
         for index in fit + judged
     ]
-    with tempfile.TemporaryDirectory() as scratch:
-        activations = collect_activations(
-            model, pairs, activations_folder or scratch, pad_id=pad_token_id(tokenizer), batch_size=batch_size
+    with tempfile.TemporaryDirectory() if options.activations is None else nullcontext() as scratch:
+        # A temporary folder must be one that all ranks see: rank 0's.
+        folder = group.main_only(lambda: str(options.activations or scratch))
+        pad_id = pad_token_id(tokenizer)
+        collect_activations(model, pairs, folder, pad_id=pad_id, batch_size=options.batch_size, group=group)
+        result = fit_problems(
+            shard_problems(folder, options.scope, set(train), set(choosing), group),
+            model.config.hidden_size,
+            options.scope,
+            ridge=options.ridge,
+            rank=options.rank,
+            dtype=torch.promote_types(model.dtype, torch.float32),
+            device=model.device,
+            group=group,
         )
-    fitted_on = activations.select(fit)
-    result = fit_transform_result(fitted_on.source, fitted_on.target, ridge=ridge, per_layer=per_layer)
+        report = _judge(result, folder, fit, judged) if judged else None
+        group.barrier()  # nobody's folder goes while another rank reads in it
     model.set_transform(result.transform)
-    numbers = asdict(result)
-    del numbers["transform"]
-    report = _judge(result, fitted_on, activations.select(judged)) if judged else None
-    return {"fit": {"pairs": len(fit), **numbers}, "held_out": report}
+    return {"fit": {"pairs": len(fit), **_numbers(result)}, "held_out": report}
 
 
-def save_fitted(model: CCModelForCausalLM, tokenizer: Any, result: dict[str, Any], folder: str | Path) -> None:
-    """The model with its matrix, its tokenizer, and how well the matrix fits (transform_report.json)."""
-    folder = Path(folder)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    write_json(result, folder / "transform_report.json")
+def save_fitted(
+    model: CCModelForCausalLM, tokenizer: Any, result: dict[str, Any], folder: str | Path, group: Group | None = None
+) -> None:
+    """The model with its matrix, its tokenizer, how well the matrix fits (transform_report.json), and figures of it.
+
+    Every rank must call it; rank 0 writes.
+    """
+    folder, group = Path(folder), group or Group.alone()
+    state_dict = full_state_dict(model, keep=group.is_main)
+    if group.is_main:
+        model.save_pretrained(folder, state_dict=state_dict)
+        tokenizer.save_pretrained(folder)
+        write_json(result, folder / "transform_report.json")
+        plot_report(result, folder / "figures")
+    group.barrier()
 
 
-def _judge(result: FitResult, fitted_on: Activations, held_out: Activations) -> dict[str, Any]:
+def _numbers(result: FitResult) -> dict[str, Any]:
+    transform = result.transform
+    numbers = {
+        name: getattr(result, name)
+        for name in ("problems", "rows", "hidden_size", "rank", "condition", "relative_error", "ridge")
+    }
+    matrices = transform.matrix.double()
+    spectra = [
+        singular_values(matrix.T @ matrix).tolist() for matrix in (matrices if matrices.ndim == 3 else matrices[None])
+    ]
+    return {
+        "scope": transform.scope,
+        "low_rank": transform.rank,
+        **numbers,
+        "ridge_paths": [asdict(path) for path in result.paths],
+        "singular_values": spectra,
+    }
+
+
+def _judge(result: FitResult, folder: str | Path, fitted: Sequence[int], judged: Sequence[int]) -> dict[str, Any]:
+    held_out = load_activations(folder, judged)
     return transform_report(
         held_out.source,
         held_out.target,
-        result.transform,
+        result.transform.cpu(),
         held_out.langs,
         held_out.english_id,
-        mean_target=fitted_on.target.float().mean(dim=0),
+        mean_target=mean_target(folder, set(fitted)).float(),
     )

@@ -32,18 +32,28 @@ def sample_pairs(rows: Sequence[Row], num_pairs: int, held_out: float, seed: int
     usable = _usable(rows)
     rng = random.Random(seed)
     chosen = _balanced(rows, usable, num_pairs, rng)
+    fit, out = split_by_english(rows, chosen, held_out, rng)
+    if not fit:
+        raise ValueError(
+            f"all {len(chosen)} pairs share one English prompt, so none can be held out; add pairs, or pass held_out 0"
+        )
+    return fit, out
+
+
+def split_by_english(
+    rows: Sequence[Row], chosen: Sequence[int], share: float, rng: random.Random
+) -> tuple[list[int], list[int]]:
+    """Split indices of `rows` into the rest and a share of every language that has no English prompt in common with it.
+
+    A share above 0 takes one English prompt at least, so the rest can be empty.
+    """
     groups = defaultdict(list)
     for index in chosen:
         groups[_text(rows[index].prompt_en)].append(index)
     order = sorted(groups)
     rng.shuffle(order)
-    out = _held_out(rows, [groups[key] for key in order], held_out)
-    fit = [index for index in chosen if index not in out]
-    if not fit:
-        raise ValueError(
-            f"all {len(chosen)} pairs share one English prompt, so none can be held out; add pairs, or pass held_out 0"
-        )
-    return fit, [index for index in chosen if index in out]
+    out = _held_out(rows, [groups[key] for key in order], share)
+    return [index for index in chosen if index not in out], [index for index in chosen if index in out]
 
 
 def _usable(rows: Sequence[Row]) -> list[int]:

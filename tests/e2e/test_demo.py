@@ -48,7 +48,7 @@ def test_report(folder):
 def test_the_tuned_model_and_its_matrix(folder):
     model = CCModelForCausalLM.from_pretrained(folder / "cc-seed1-with-transform")
     hidden = model.config.hidden_size
-    assert model.transform.shape == (hidden, hidden)
+    assert model.transform.matrix.shape == (hidden, hidden)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         AutoModelForCausalLM.from_pretrained(folder / "cc-seed1-with-transform")

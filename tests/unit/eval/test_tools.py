@@ -48,7 +48,7 @@ def test_fit_saves_the_model_its_transform_and_a_report(model_folder, pairs_file
     fit(model_folder, pairs_file, output, "--held_out", "0.2", "--ridge", "0.01", "--activations", str(tmp_path / "a"))
     model = CCModelForCausalLM.from_pretrained(output)
     report = json.loads((output / "transform_report.json").read_text(encoding="utf-8"))
-    assert model.transform.shape == (16, 16)
+    assert model.transform.matrix.shape == (16, 16)
     assert report["fit"]["pairs"] + report["held_out"]["pairs"] == 14
     assert report["fit"]["rows"] == 3 * report["fit"]["pairs"] and report["settings"]["ridge"] == 0.01
     assert "Held-out fit" in capsys.readouterr().out
@@ -56,12 +56,13 @@ def test_fit_saves_the_model_its_transform_and_a_report(model_folder, pairs_file
     # The base model is what it was, and nothing of the work is left lying about.
     before, after = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (model_folder, output))
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert not [path for path in output.iterdir() if path.is_dir()]
+    assert [path.name for path in output.iterdir() if path.is_dir()] == ["figures"]
+    assert (output / "figures" / "fit_by_layer.png").stat().st_size > 1000
 
 
 def test_fit_per_layer_and_without_held_out_pairs(model_folder, pairs_file, tmp_path, capsys):
-    fit(model_folder, pairs_file, tmp_path / "fitted", "--held_out", "0", "--per_layer", "--ridge", "0.1")
-    assert CCModelForCausalLM.from_pretrained(tmp_path / "fitted").transform.shape == (3, 16, 16)
+    fit(model_folder, pairs_file, tmp_path / "fitted", "--held_out", "0", "--scope", "per_layer", "--ridge", "0.1")
+    assert CCModelForCausalLM.from_pretrained(tmp_path / "fitted").transform.matrix.shape == (3, 16, 16)
     assert "nothing is known" in capsys.readouterr().out
 
 

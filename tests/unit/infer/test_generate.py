@@ -7,6 +7,7 @@ import torch
 from reference.two_pass import connected_logits, ffn_outputs
 from tiny_models import HIDDEN, LAYERS, VOCAB, cc_model, stock_twin
 
+from cc_ds.connection.transform import Transform
 from cc_ds.models.arch import FAMILIES, layers_of
 
 PROMPTS = [5, 9, 12, 2]
@@ -38,7 +39,7 @@ def _two_prefills(model, prompt, anchor, english=None) -> list[int]:
     anchors, ids = torch.tensor([anchor]), prompt[None]
     if english is None:
         source = ffn_outputs(twin, layers, ids, torch.ones_like(ids), anchors)
-        english = (source.double() @ model.transform).to(model.dtype)
+        english = (source.double() @ model.transform.matrix).to(model.dtype)
     weight, noise = model.decision_maker.weight.detach(), torch.zeros(1, LAYERS, dtype=model.dtype)
     tokens: list[int] = []
     for _ in range(NEW_TOKENS):
@@ -87,7 +88,7 @@ def test_logits_equal_two_prefills_to_float64_precision():
     twin = stock_twin(model)
     layers = layers_of(twin, FAMILIES["llama"])
     anchors, ids = torch.tensor([len(prompt) - 1]), prompt[None]
-    english = ffn_outputs(twin, layers, ids, torch.ones_like(ids), anchors) @ model.transform
+    english = ffn_outputs(twin, layers, ids, torch.ones_like(ids), anchors) @ model.transform.matrix
     logits, _, _ = connected_logits(
         twin, layers, model.decision_maker.weight.detach(), english, ids, torch.ones_like(ids), anchors,
         torch.zeros(1, LAYERS, dtype=torch.float64),
@@ -120,16 +121,123 @@ def test_without_a_transform_it_is_the_stock_generate():
     assert torch.equal(_generate(model, data), _generate(stock_twin(model), data))
 
 
-def test_beams_and_several_sequences():
+class _TwoPrefills:
+    """A stock model whose whole prefill is connected: a hook adds the chosen activation after layer 0 in the first
+    forward of `generate`, over all prompt positions, no cache kept from any earlier read."""
+
+    def __init__(self, model, prompts, connected=None) -> None:
+        self.twin, self.model = stock_twin(model), model
+        layers = layers_of(self.twin, FAMILIES[model.config.model_type])
+        self.added = []
+        for number, prompt in enumerate(prompts):
+            ids, anchors = prompt[None], torch.tensor([len(prompt) - 1])
+            english = ffn_outputs(self.twin, layers, ids, torch.ones_like(ids), anchors) @ model.transform.matrix
+            embedded = self.twin.get_input_embeddings()(prompt[-1])
+            choice = int((model.decision_maker.weight @ (english[:, 0].mean(0) + embedded)).argmax())
+            on = connected is None or connected[number]
+            self.added.append(english[choice, 0] if on else torch.zeros_like(embedded))
+        layers[0].register_forward_hook(self._hook)
+
+    def generate(self, **kwargs):
+        self.first = True
+        with torch.no_grad():
+            return self.twin.generate(**kwargs)
+
+    def _hook(self, module, args, output):
+        if not self.first:
+            return None
+        self.first, output = False, output.clone()
+        repeats = output.shape[0] // len(self.added)
+        output[:, -1] += torch.stack(self.added).repeat_interleave(repeats, dim=0)
+        return output
+
+
+WAYS = {
+    "greedy": {},
+    "beams": {"num_beams": 3, "num_return_sequences": 2},
+    "sampling": {"do_sample": True, "temperature": 1.5, "num_return_sequences": 2},
+    "static": {"cache_implementation": "static", "disable_compile": True},
+    "static beams": {"cache_implementation": "static", "disable_compile": True, "num_beams": 2},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_every_way_to_decode_equals_two_prefills(family, way):
+    model = cc_model(family, dtype=torch.float64)
+    model.set_transform(_transform())
+    prompts = _prompts()[:3]
+    arguments = {"max_new_tokens": 5, "eos_token_id": None, "pad_token_id": 0, "do_sample": False} | WAYS[way]
+    torch.manual_seed(7)
+    ours = model.generate(**_left_padded(prompts), **arguments)
+    reference = _TwoPrefills(model, prompts)
+    torch.manual_seed(7)
+    assert torch.equal(ours, reference.generate(**_left_padded(prompts), **arguments))
+    assert not torch.equal(ours, model.generate(**_left_padded(prompts), connect=False, **arguments))
+
+
+def test_rows_in_excluded_languages_are_the_stock_models_in_the_same_batch():
     model = cc_model(dtype=torch.float64)
     model.set_transform(_transform())
-    data = _left_padded(_prompts()[:2])
-    beams = model.generate(
-        **data, max_new_tokens=4, num_beams=3, num_return_sequences=2, eos_token_id=None, pad_token_id=0
-    )
-    assert beams.shape == (4, data["input_ids"].shape[1] + 4)
-    alone = model.generate(_prompts()[0][None], max_new_tokens=4, num_beams=3, eos_token_id=None, pad_token_id=0)
-    assert torch.equal(beams[0, -4:], alone[0, -4:])
+    data, languages = _left_padded(_prompts()), ["sw", "en-GB", None, "yo"]
+    plain, connected = _generate(model, data, connect=False), _generate(model, data)
+    for options, on in (
+        ({"languages": languages}, [True, False, True, True]),
+        ({"languages": languages, "exclude": ("yo", "sw")}, [False, True, True, False]),
+        ({"connect": torch.tensor([True, True, False, False])}, [True, True, False, False]),
+        ({"connect": False, "languages": languages}, [False] * 4),
+    ):
+        found = _generate(model, data, **options)
+        expected = torch.where(torch.tensor(on)[:, None], connected, plain)
+        assert torch.equal(found, expected), options
+    for bad in ({"use_cache": False}, {"prefill_chunk_size": 4}):
+        with pytest.raises(ValueError, match="leave"):
+            _generate(model, data, **bad)
+    for bad in ({"languages": ["sw"]}, {"connect": torch.tensor([True, False])}):
+        with pytest.raises(ValueError, match="4"):
+            _generate(model, data, **bad)
+
+
+def test_each_row_takes_its_languages_matrix():
+    model = cc_model(dtype=torch.float64)
+    matrices = torch.stack([_transform(), -_transform()])
+    data = _left_padded(_prompts())
+    each = []
+    for matrix in matrices:
+        model.set_transform(matrix)
+        each.append(_generate(model, data))
+    model.set_transform(Transform([matrices], "per_language", ("sw", "yo")))
+    mixed = _generate(model, data, languages=["yo", "en", "sw", "yo"])
+    plain = _generate(model, data, connect=False)
+    assert torch.equal(mixed, torch.stack([each[1][0], plain[1], each[0][2], each[1][3]]))
+    with pytest.raises(ValueError, match="name 4 languages"):
+        _generate(model, data)
+
+
+def test_streamers_and_stopping_criteria():
+    from transformers.generation.streamers import BaseStreamer
+
+    class Kept(BaseStreamer):
+        def __init__(self):
+            self.ids = []
+
+        def put(self, value):
+            self.ids += value.flatten().tolist()
+
+        def end(self):
+            self.ids.append(None)
+
+    model = cc_model(dtype=torch.float64)
+    model.set_transform(_transform())
+    prompt, streamer = _prompts()[1], Kept()
+    tokens = _generate(model, {"input_ids": prompt[None]}, streamer=streamer)[0].tolist()
+    assert streamer.ids == [*prompt.tolist(), *tokens, None]
+    stopped = model.generate(
+        prompt[None], max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0,
+        stopping_criteria=[lambda ids, scores: ids[:, -1] == tokens[2]],
+    )  # fmt: skip
+    first = tokens.index(tokens[2])
+    assert stopped[0, len(prompt) :].tolist() == tokens[: first + 1]
 
 
 def test_generation_leaves_nothing_behind():

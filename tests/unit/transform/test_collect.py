@@ -11,7 +11,11 @@ from transformers import LlamaConfig
 
 from cc_ds import CCModelForCausalLM
 from cc_ds.data.templates import RenderedPrompt
-from cc_ds.transform.collect import PromptPair, collect_activations, load_activations
+from cc_ds.dist.group import Group
+from cc_ds.transform import collect, fit_transform_result
+from cc_ds.transform.collect import PromptPair, collect_activations
+from cc_ds.transform.fit import fit_problems
+from cc_ds.transform.shards import load_activations, mean_target, shard_path, shard_problems
 
 LAYERS, HIDDEN = 3, 16
 
@@ -45,6 +49,11 @@ def some_pairs(count: int) -> list[PromptPair]:
     ]
 
 
+def collected(model, pairs, folder, **options):
+    collect_activations(model, pairs, folder, **options)
+    return load_activations(folder)
+
+
 def by_hooks(model, one: RenderedPrompt) -> torch.Tensor:
     """(L, H): what each layer's MLP puts out at the anchor of one prompt without padding."""
     outputs = []
@@ -61,8 +70,9 @@ def by_hooks(model, one: RenderedPrompt) -> torch.Tensor:
 
 def test_equals_stock_hooks_pair_by_pair(model, tmp_path):
     pairs = some_pairs(11)
-    found = collect_activations(model, pairs, tmp_path, batch_size=3, pairs_per_shard=4)
+    found = collected(model, pairs, tmp_path, batch_size=3, pairs_per_shard=4)
     assert len(list(tmp_path.glob("pairs-*.safetensors"))) == 3
+    assert not list(tmp_path.glob("*.partial"))
     assert found.source.shape == found.target.shape == (11, LAYERS, HIDDEN)
     assert found.pair_id.tolist() == sorted(pair.pair_id for pair in pairs)
     by_id = {pair.pair_id: pair for pair in pairs}
@@ -77,8 +87,8 @@ def test_equals_stock_hooks_pair_by_pair(model, tmp_path):
 
 def test_order_of_pairs_and_of_shards_does_not_matter(model, tmp_path):
     pairs = some_pairs(9)
-    one = collect_activations(model, pairs, tmp_path / "one", batch_size=4, pairs_per_shard=3)
-    two = collect_activations(model, pairs[::-1], tmp_path / "two", batch_size=2, pairs_per_shard=100)
+    one = collected(model, pairs, tmp_path / "one", batch_size=4, pairs_per_shard=3)
+    two = collected(model, pairs[::-1], tmp_path / "two", batch_size=2, pairs_per_shard=100)
     torch.testing.assert_close(one.source, two.source, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(one.target, two.target, rtol=1e-5, atol=1e-6)
     assert one.langs == two.langs
@@ -88,20 +98,20 @@ def test_order_of_pairs_and_of_shards_does_not_matter(model, tmp_path):
     assert torch.equal(again.source, one.source) and again.langs == one.langs
 
 
-def test_select_follows_the_ids_asked_for(model, tmp_path):
-    found = collect_activations(model, some_pairs(6), tmp_path)
+def test_loading_follows_the_ids_asked_for(model, tmp_path):
+    found = collected(model, some_pairs(6), tmp_path)
     wanted = [found.pair_id[4].item(), found.pair_id[1].item()]
-    chosen = found.select(wanted)
+    chosen = load_activations(tmp_path, wanted)
     assert chosen.pair_id.tolist() == wanted and chosen.langs == [found.langs[4], found.langs[1]]
     assert torch.equal(chosen.source, found.source[[4, 1]])
 
 
 def test_shards_hold_the_model_dtype_and_the_mode_is_put_back(model, tmp_path):
     half = CCModelForCausalLM.from_config(model.config).to(torch.bfloat16).train()
-    found = collect_activations(half, some_pairs(4), tmp_path)
+    found = collected(half, some_pairs(4), tmp_path)
     assert found.source.dtype == found.target.dtype == torch.bfloat16
     assert half.training and not found.source.requires_grad
-    with safe_open(next(tmp_path.glob("*.safetensors")), "pt") as shard:
+    with safe_open(next(tmp_path.glob("pairs-*.safetensors")), "pt") as shard:
         assert shard.get_tensor("pair_id").dtype == torch.int64 and "lang" in shard.metadata()
 
 
@@ -121,7 +131,33 @@ def test_english_prompts_are_read_once(model, tmp_path, monkeypatch):
 
     monkeypatch.setattr(type(model), "anchor_activations", counting)
     collect_activations(model, pairs, tmp_path, batch_size=2)
-    assert len(read) == 7 and read.count([5, 6, 7]) == 1
+    assert len(read) == 8 and read.count([5, 6, 7]) == 2  # once to know the model by, once for the pairs
+
+
+def test_a_killed_collection_goes_on_where_it_was(model, tmp_path, monkeypatch):
+    pairs = some_pairs(12)
+    whole = collected(model, pairs, tmp_path / "whole", batch_size=2, pairs_per_shard=3)
+    real, written = collect.write_shard, []
+
+    def dying(tensors, langs, path):
+        if len(written) == 2:
+            path.with_suffix(".partial").write_bytes(b"half")
+            raise KeyboardInterrupt
+        written.append(path.name)
+        real(tensors, langs, path)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(collect, "write_shard", dying)
+        collect_activations(model, pairs, tmp_path / "cut", batch_size=2, pairs_per_shard=3)
+    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "cut").glob("pairs-*.safetensors")}
+    damaged = shard_path(tmp_path / "cut", 1)
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    assert collect_activations(model, pairs, tmp_path / "cut", batch_size=2, pairs_per_shard=3) == 3
+    assert len(stamps) == 2 and shard_path(tmp_path / "cut", 0).stat().st_mtime_ns in stamps.values()
+    again = load_activations(tmp_path / "cut")
+    assert torch.equal(again.source, whole.source) and torch.equal(again.target, whole.target)
+    assert torch.equal(again.pair_id, whole.pair_id) and again.langs == whole.langs
+    assert collect_activations(model, pairs, tmp_path / "cut", batch_size=2, pairs_per_shard=3) == 0
 
 
 def test_refuses_what_it_could_mix_up(model, tmp_path):
@@ -133,9 +169,34 @@ def test_refuses_what_it_could_mix_up(model, tmp_path):
     with pytest.raises(ValueError, match="no activation shards"):
         load_activations(tmp_path)
     collect_activations(model, pairs, tmp_path)
-    with pytest.raises(ValueError, match="already holds"):
-        collect_activations(model, pairs, tmp_path)
-    shard = next(tmp_path.glob("*.safetensors"))
+    with pytest.raises(ValueError, match="of other prompts"):
+        collect_activations(model, pairs[:3], tmp_path)
+    other = CCModelForCausalLM.from_config(model.config).eval()
+    with pytest.raises(ValueError, match="of another model"):
+        collect_activations(other, pairs, tmp_path)
+    with pytest.raises(ValueError, match="lack 1 pairs, pair 5000"):
+        load_activations(tmp_path, [pairs[0].pair_id, 5000])
+    shard = next(tmp_path.glob("pairs-*.safetensors"))
     (tmp_path / "pairs-00001.safetensors").write_bytes(shard.read_bytes())
     with pytest.raises(ValueError, match="a pair twice"):
         load_activations(tmp_path)
+    (tmp_path / "plan.safetensors").unlink()
+    with pytest.raises(ValueError, match="already holds activation shards"):
+        collect_activations(model, pairs, tmp_path)
+
+
+@pytest.mark.parametrize("scope", ["shared", "per_layer", "per_language"])
+def test_shards_are_fitted_as_the_tensors_would_be(model, tmp_path, scope):
+    """And from two ranks' halves of the shards as from all of them."""
+    found = collected(model, some_pairs(40), tmp_path, pairs_per_shard=7)
+    ids = found.pair_id.tolist()
+    expected = fit_transform_result(found.source, found.target, ridge=0.1, scope=scope, langs=found.langs)
+    problems = shard_problems(tmp_path, scope, set(ids[:30]), set(ids[30:]))
+    fitted = fit_problems(problems, HIDDEN, scope, ridge=0.1)
+    assert fitted.problems == expected.problems and fitted.rows == expected.rows
+    assert fitted.transform.languages == (("sw", "yo") if scope == "per_language" else ())
+    torch.testing.assert_close(fitted.transform.matrix, expected.transform.matrix, rtol=1e-4, atol=1e-4)
+    halves = [shard_problems(tmp_path, scope, set(ids), set(), Group(rank, 2, torch.device("cpu"))) for rank in (0, 1)]
+    rows = [sum(len(source) for problem in half for source, _, _ in problem.rows()) for half in halves]
+    assert min(rows) > 0 and sum(rows) == 40 * LAYERS
+    torch.testing.assert_close(mean_target(tmp_path, set(ids)).float(), found.target.mean(0), rtol=1e-4, atol=1e-5)
