@@ -34,10 +34,10 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     sys.exit(code or 0)
 
 
-def tool_parser(description: str) -> argparse.ArgumentParser:
+def tool_parser(description: str, model_required: bool = True) -> argparse.ArgumentParser:
     """A parser whose help opens with the tool's docstring, with the arguments that `load_model` reads."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="model folder, or a name on the Hugging Face hub")
+    parser.add_argument("--model", required=model_required, help="model folder, or a name on the Hugging Face hub")
     parser.add_argument("--chat_template", help="built-in chat template, where the model's own is missing or unwanted")
     parser.add_argument("--batch_size", type=positive, default=8, help="prompts read at once (default 8)")
     parser.add_argument("--device", help="cuda, cuda:1, cpu ... (default: cuda where there is one)")

@@ -42,6 +42,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--scope", choices=SCOPES, default="shared", help="what has a matrix of its own")
     parser.add_argument("--rank", type=cli.positive, help="keep W as two factors of this rank (default: whole)")
     parser.add_argument("--activations", type=Path, help="keep the activations there, or go on with a stopped run's")
+    parser.add_argument("--pairs_per_shard", type=cli.positive, default=256, help="pairs written at once (default 256)")
     parser.add_argument("--deepspeed", help="a ZeRO-3 file: partition a model that one device does not hold")
     return parser.parse_args(argv)
 
@@ -62,7 +63,7 @@ def fit(args: argparse.Namespace, rows: list[Row], group: Group) -> None:
     if group.world_size > 1 and args.device is None:
         args.device = str(group.device)
     model, tokenizer, template = cli.load_model(args)
-    names = ("num_pairs", "held_out", "ridge", "scope", "rank", "batch_size", "seed", "activations")
+    names = ("num_pairs", "held_out", "ridge", "scope", "rank", "batch_size", "seed", "activations", "pairs_per_shard")
     options = FitOptions(**{name: getattr(args, name) for name in names})
     result = fit_model(model, tokenizer, template, rows, options, group)
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}

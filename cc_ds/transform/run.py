@@ -53,6 +53,8 @@ class FitOptions:
     """Of the sample and the splits."""
     activations: str | Path | None = None
     """Keep the collected activations there, or go on with those of a stopped run; None: a temporary folder."""
+    pairs_per_shard: int = 256
+    """What a stopped run loses at most, and what is held in memory at once."""
 
 
 def fit_model(
@@ -92,7 +94,9 @@ def fit_model(
         # A temporary folder must be one that all ranks see: rank 0's.
         folder = group.main_only(lambda: str(options.activations or scratch))
         pad_id = pad_token_id(tokenizer)
-        collect_activations(model, pairs, folder, pad_id=pad_id, batch_size=options.batch_size, group=group)
+        collect_activations(
+            model, pairs, folder, pad_id, options.batch_size, pairs_per_shard=options.pairs_per_shard, group=group
+        )
         result = fit_problems(
             shard_problems(folder, options.scope, set(train), set(choosing), group),
             model.config.hidden_size,

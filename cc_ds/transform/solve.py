@@ -59,14 +59,16 @@ def solve(statistics: Statistics, ridge: float) -> Solution:
         matrix, rank, condition = _minimum_norm(statistics, penalty)
         scaled_condition = float("inf")
     error = _relative_error(statistics, matrix)
-    excess = _excess(statistics, matrix / scale[:, None], scaled_condition, error)
+    trusted = statistics.products == torch.float64
+    if not trusted and rank == hidden and scaled_condition < float("inf"):
+        trusted = _excess(statistics, factor, matrix / scale[:, None], error) <= _RESIDUAL_SHARE
     return Solution(
         matrix=matrix,
         rank=rank,
         condition=condition,
         relative_error=error,
         ridge=ridge,
-        trusted=statistics.products == torch.float64 or (excess <= _RESIDUAL_SHARE and rank == hidden),
+        trusted=trusted,
     )
 
 
@@ -164,16 +166,20 @@ def _condition_of_source(gram: Tensor, factor: Tensor, scale: Tensor, steps: int
     return (_largest(lambda v: gram @ v, factor, steps) * inverse) ** 0.5
 
 
-def _excess(statistics: Statistics, scaled_matrix: Tensor, scaled_condition: float, error: float) -> float:
-    """Bound on the share by which rounding in the products raises the residual |S W - E|.
+def _excess(statistics: Statistics, factor: Tensor, scaled_matrix: Tensor, error: float) -> float:
+    """The share by which rounding in the products raises the residual |S W - E|, as expected of random rounding.
 
-    In columns of length 1, products are off by at most about eps: S^T E - S^T S W by eps (sqrt(H) |W| + |E|), hence
-    S W by that over the least singular value. At the minimum a change enters the residual squared.
+    In columns of length 1, entries of S^T S and S^T E are off by at most about eps (of |E_j| in the latter), so S^T E -
+    S^T S W, (H, H), by D with |D_ij|^2 ~ eps^2 (|W_j|^2 + |E_j|^2), and S W by L^-1 D, where S^T S = L L^T. At the
+    minimum a change enters the residual squared: half of eps^2 trace((S^T S)^-1) (|W|^2 + |E|^2) / residual^2.
     """
-    size = float(statistics.energy.sqrt())
+    energy = float(statistics.energy)
+    if error == 0 or energy == 0:
+        return float("inf")
+    signs = torch.randint(0, 2, (len(factor), 16), generator=torch.Generator().manual_seed(0)).to(factor) * 2 - 1
+    trace = float((signs * torch.cholesky_solve(signs, factor)).sum()) / signs.shape[1]  # Hutchinson's estimate
     eps = torch.finfo(statistics.products).eps / 2
-    off = eps * (len(scaled_matrix) ** 0.5 * float(scaled_matrix.norm()) + size) * scaled_condition**0.5
-    return 0.5 * (off / (error * size)) ** 2 if error * size > 0 else float("inf")
+    return 0.5 * eps**2 * trace * (float(scaled_matrix.square().sum()) + energy) / (error**2 * energy)
 
 
 def _largest(product, like: Tensor, steps: int) -> float:

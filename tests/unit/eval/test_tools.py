@@ -50,7 +50,7 @@ def test_fit_saves_the_model_its_transform_and_a_report(model_folder, pairs_file
     report = json.loads((output / "transform_report.json").read_text(encoding="utf-8"))
     assert model.transform.matrix.shape == (16, 16)
     assert report["fit"]["pairs"] + report["held_out"]["pairs"] == 14
-    assert report["fit"]["rows"] == 3 * report["fit"]["pairs"] and report["settings"]["ridge"] == 0.01
+    assert report["fit"]["rows"] == [3 * report["fit"]["pairs"]] and report["settings"]["ridge"] == 0.01
     assert "Held-out fit" in capsys.readouterr().out
     assert list((tmp_path / "a").glob("pairs-*.safetensors"))
     # The base model is what it was, and nothing of the work is left lying about.
