@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import random
-import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from .conftest import WORDS, launch, torchrun
+from .conftest import REPOSITORY, WORDS, torchrun
 
 
 @pytest.fixture(scope="module")
@@ -30,28 +30,41 @@ def pairs_file(tmp_path_factory):
     return path
 
 
-def test_two_ranks_equal_one(model_folder, pairs_file, tmp_path):
+def _arguments(model_folder, pairs_file, output) -> list[str]:
+    return [
+        "--model", str(model_folder), "--data", str(pairs_file), "--chat_template", "plain", "--batch_size", "3",
+        "--output", str(output), "--device", "cpu", "--pairs_per_shard", "7", "--activations", f"{output}-activations",
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def alone(model_folder, pairs_file, tmp_path_factory):
+    """The fit of this process."""
+    spec = importlib.util.spec_from_file_location("fit_tool", REPOSITORY / "tools" / "fit_transform.py")
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    output = tmp_path_factory.mktemp("alone") / "out"
+    tool.main(_arguments(model_folder, pairs_file, output))
+    return output
+
+
+@pytest.mark.parametrize("kind", ["partitioned", pytest.param("copies", marks=pytest.mark.slow)])
+def test_two_ranks_equal_one(kind, alone, model_folder, pairs_file, tmp_path):
     config = tmp_path / "zero3.json"
     zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
     config.write_text(json.dumps({"zero_optimization": zero}), encoding="utf-8")
-
-    def arguments(name: str) -> list[str]:
-        return [
-            "tools/fit_transform.py", "--model", str(model_folder), "--data", str(pairs_file), "--chat_template",
-            "plain", "--batch_size", "3", "--output", str(tmp_path / name), "--device", "cpu", "--pairs_per_shard", "7",
-        ]  # fmt: skip
-
-    launch([sys.executable, *arguments("one")])
-    torchrun(*arguments("two"))
-    torchrun(*arguments("sharded"), "--deepspeed", str(config), "--activations", str(tmp_path / "kept"))
-    expected = load_file(tmp_path / "one" / "cc_connection.safetensors")["transform"]
-    assert expected.abs().max() > 0
-    base = AutoModelForCausalLM.from_pretrained(tmp_path / "one").state_dict()
-    for name in ("two", "sharded"):
-        found = load_file(tmp_path / name / "cc_connection.safetensors")["transform"]
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
-        report = json.loads((tmp_path / name / "transform_report.json").read_text(encoding="utf-8"))
-        assert report["fit"]["rows"] == [3 * report["fit"]["pairs"]] and report["held_out"]["pairs"] > 0
-        again = AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict()
-        assert all(torch.equal(again[key], base[key]) for key in base)
-    assert len(list((tmp_path / "kept").glob("pairs-*.safetensors"))) == 9
+    output = tmp_path / "out"
+    more = ["--deepspeed", str(config)] if kind == "partitioned" else []
+    torchrun("tools/fit_transform.py", *_arguments(model_folder, pairs_file, output), *more)
+    expected, found = (
+        load_file(folder / "cc_connection.safetensors")["transform"] for folder in (alone, output)
+    )
+    size = float(expected.abs().max())
+    assert size > 0
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * size)
+    report = json.loads((output / "transform_report.json").read_text(encoding="utf-8"))
+    assert report["fit"]["rows"] == [3 * report["fit"]["pairs"]] and report["held_out"]["pairs"] > 0
+    # 61 pairs in shards of 7, none of them left to one rank alone.
+    assert len(list((tmp_path / "out-activations").glob("pairs-*.safetensors"))) == 9
+    before, after = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (alone, output))
+    assert all(torch.equal(after[key], before[key]) for key in before)
