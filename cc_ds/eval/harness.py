@@ -77,7 +77,7 @@ class CCHarnessLM(HFLM):
         prompted = torch.tensor([context != [self.prefix_token_id] for context in contexts], device=device)
         with torch.autocast(device.type, self.mixed_precision_dtype, enabled=self.mixed_precision_dtype is not None):
             source_LBH = model.anchor_activations(context_ids, context_mask, anchors)
-            english_LBH = (source_LBH.to(model.transform.dtype) @ model.transform).to(source_LBH.dtype)
+            english_LBH = model.transform(source_LBH)
             model.prefill_pass = model.fuse_pass(english_LBH, anchors, input_ids.shape[1], prompted)
             try:
                 logits_BTV = model(input_ids, attention_mask=mask).logits

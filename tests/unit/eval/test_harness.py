@@ -81,7 +81,9 @@ def test_loglikelihood_connects_at_the_end_of_the_context(connected_folder, mode
     for context, continuation in REQUESTS[:5]:
         prompt, answer = lm._encode_pair(context, continuation)
         source = model.anchor_activations(torch.tensor([prompt]))
-        fuse = model.fuse_pass(source @ model.transform, torch.tensor([len(prompt) - 1]), len(prompt) + len(answer))
+        fuse = model.fuse_pass(
+            source @ model.transform.matrix, torch.tensor([len(prompt) - 1]), len(prompt) + len(answer)
+        )
         with torch.no_grad(), model.hooks.during(fuse):
             hidden = model.model(torch.tensor([prompt + answer])).last_hidden_state
         scores = model.lm_head(hidden)[0, len(prompt) - 1 : -1].log_softmax(dim=-1)
