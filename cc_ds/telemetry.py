@@ -22,7 +22,9 @@ from torch.utils.tensorboard import SummaryWriter
 from cc_ds.data.dealing import RowCost
 from cc_ds.data.packing import PackedBatch
 from cc_ds.dist.group import Group
-from cc_ds.dist.zero import whole_numel
+from cc_ds.plan.flops import flops_per_token
+from cc_ds.plan.gpus import gpu_named
+from cc_ds.plan.size import size_of
 
 if TYPE_CHECKING:
     from cc_ds.connection.model import CCOutput
@@ -162,27 +164,11 @@ class Window:
         return values
 
 
-def flops_per_token(model, english_grad: bool) -> tuple[float, float]:
-    """FLOPs that training must spend on a target token and on an English prompt token, attention scores left out.
-
-    2 per weight forward and 4 backward, or 2 where it is frozen. An embedding is looked up, not multiplied; the English
-    pass has no LM head, and no backward where `english_grad` is off.
-    """
-    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    layers = [p for p in model.parameters() if p is not embedding and p is not head]
-    forward = sum(2.0 * whole_numel(p) for p in layers)
-    backward = sum((4.0 if p.requires_grad else 2.0) * whole_numel(p) for p in layers)
-    of_head = (6.0 if head.requires_grad else 4.0) * whole_numel(head)
-    return forward + backward + of_head, forward + (backward if english_grad else 0.0)
-
-
 def row_cost(model, english_grad: bool) -> RowCost:
-    """What a row costs this model in training: FLOPs as above, and a causal triangle of scores per layer."""
-    config = model.config
-    heads = config.num_attention_heads
-    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
-    pair = 2.0 * width * config.num_hidden_layers  # QK^T and AV, 2 FLOPs each, half the square
-    return RowCost(*flops_per_token(model, english_grad), 3 * pair, (3 if english_grad else 1) * pair)
+    """What a row costs this model in training: FLOPs per token, and a causal triangle of scores per layer."""
+    size = size_of(model)
+    pair = 2.0 * size.attention_width * len(size.layers)  # QK^T and AV, 2 FLOPs each, half the square
+    return RowCost(*flops_per_token(size, english_grad), 3 * pair, (3 if english_grad else 1) * pair)
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -194,17 +180,12 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-# Dense bf16 peak FLOP/s by the vendor's data sheets (without sparsity).
-_PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12, "A10": 125e12}
-
-
 def peak_flops(device: torch.device) -> float:
     """FLOP/s that the device can do at best: a data sheet's for known GPUs, else measured with one matrix product."""
     if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        for key, value in _PEAK_FLOPS.items():
-            if key in name:
-                return value
+        known = gpu_named(torch.cuda.get_device_name(device))
+        if known is not None:
+            return known.bf16
     size = 1024
     matrix = torch.ones(size, size, device=device)
     best = float("inf")

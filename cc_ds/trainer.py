@@ -32,7 +32,7 @@ from cc_ds.feed import StepFeed
 from cc_ds.guard import Guard, poison_if_not_finite
 from cc_ds.resume import layout_state, load_checkpoint
 from cc_ds.run_state import RunState
-from cc_ds.telemetry import Telemetry, Window, flops_per_token, log, peak_flops, peak_memory_bytes, row_cost
+from cc_ds.telemetry import Telemetry, Window, log, peak_flops, peak_memory_bytes, row_cost
 
 
 class EnglishPass:
@@ -85,7 +85,6 @@ class Trainer:
         self.eval_rows, self.pad_token_id = eval_rows, pad_token_id
         self.step = 0
         self.total_steps = count_steps(config, len(train_rows), group.data_size)
-        self.flops_per_token = flops_per_token(engine.module, config.cc.english_grad)
         layers = engine.module.config.num_hidden_layers
         cost = row_cost(engine.module, config.cc.english_grad)
         self.feed = StepFeed(train_rows, group, config, pad_token_id, layers, cost)
@@ -247,8 +246,9 @@ class Trainer:
         values["grad_norm"] = float(self.grad_norm if norm is None else norm)
         values["learning_rate"] = learning_rate
         values["skipped_steps"] = self.guard.skipped
-        target_flops, english_flops = self.flops_per_token
-        flops = values["tokens_per_second"] * target_flops + values["english_tokens_per_second"] * english_flops
+        cost = self.feed.row_cost
+        flops = values["tokens_per_second"] * cost.per_target_token
+        flops += values["english_tokens_per_second"] * cost.per_english_token
         values["mfu"] = flops / self._peak_flops()
         values["memory_gib"] = peak_memory_bytes(self.group.device) / 2**30
         self.telemetry.write(self.step, values)
