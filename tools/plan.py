@@ -32,22 +32,29 @@ from cc_ds.plan.size import meta_model, read_config, size_of
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--model", required=True, help="folder with a config.json, or a name on the Hugging Face hub")
-    add("--nodes", type=cli.positive, default=1)
-    add("--gpus-per-node", type=cli.positive, default=8)
-    add("--gpu", choices=sorted(GPUS), default="h100")
-    add("--deepspeed", default="ds_configs/zero3.json", help="DeepSpeed configuration")
-    add("--micro-batch", type=cli.positive, default=1, help="rows per GPU (per tensor group) and micro-batch")
-    add("--accumulation", type=cli.positive, default=1, help="micro-batches per step")
-    add("--english-tokens", type=cli.positive, default=256, help="of a row's English prompt (default 256)")
-    add("--prompt-tokens", type=cli.positive, default=384, help="of its prompt (default 384)")
-    add("--response-tokens", type=cli.positive, default=256, help="of its response (default 256)")
-    add("--tensor-parallel", type=cli.positive, default=1)
-    add("--lora-rank", type=int, default=0, help="adapters of this rank on the layers; 0: everything is trained")
-    add("--gradient-checkpointing", action="store_true")
-    add("--efficiency", type=float, default=0.5, help="FLOP/s of the kernels over the GPU's peak (default 0.5)")
-    add("--json", type=Path, help="file for every figure")
+    parser.add_argument("--model", required=True, help="folder with a config.json, or a name on the Hugging Face hub")
+    parser.add_argument("--nodes", type=cli.positive, default=1)
+    parser.add_argument("--gpus-per-node", type=cli.positive, default=8)
+    parser.add_argument("--gpu", choices=sorted(GPUS), default="h100")
+    parser.add_argument("--deepspeed", default="ds_configs/zero3.json", help="DeepSpeed configuration")
+    parser.add_argument(
+        "--micro-batch", type=cli.positive, default=1, help="rows per GPU (per tensor group) and micro-batch"
+    )
+    parser.add_argument("--accumulation", type=cli.positive, default=1, help="micro-batches per step")
+    parser.add_argument(
+        "--english-tokens", type=cli.positive, default=256, help="of a row's English prompt (default 256)"
+    )
+    parser.add_argument("--prompt-tokens", type=cli.positive, default=384, help="of its prompt (default 384)")
+    parser.add_argument("--response-tokens", type=cli.positive, default=256, help="of its response (default 256)")
+    parser.add_argument("--tensor-parallel", type=cli.positive, default=1)
+    parser.add_argument(
+        "--lora-rank", type=int, default=0, help="adapters of this rank on the layers; 0: everything is trained"
+    )
+    parser.add_argument("--gradient-checkpointing", action="store_true")
+    parser.add_argument(
+        "--efficiency", type=float, default=0.5, help="FLOP/s of the kernels over the GPU's peak (default 0.5)"
+    )
+    parser.add_argument("--json", type=Path, help="file for every figure")
     return parser.parse_args(argv)
 
 

@@ -50,7 +50,7 @@ def _tool_options(script: str) -> set[str]:
         return set()
     source = (REPOSITORY / script).read_text(encoding="utf-8")
     shared = (REPOSITORY / "cc_ds/cli.py").read_text(encoding="utf-8") if "tool_parser" in source else ""
-    return set(re.findall(r'add_argument\(\s*"--(\w+)"', source + shared))
+    return set(re.findall(r'add_argument\(\s*"--([\w-]+)"', source + shared))
 
 
 def test_commands_were_found():
