@@ -91,8 +91,10 @@ def estimate(
     rows = [work.row] * work.micro_batch
     traffic = _traffic(size, method, work, ds_config)
     activations = step_memory(
-        local, method, rows, work.accumulation, checkpointing=work.checkpointing, lora_rank=work.lora_rank
-    )
+        local, method, rows, work.accumulation, checkpointing=work.checkpointing, lora_rank=work.lora_rank,
+        # below stage 2, gradients are counted whole in any case
+        apart=True if zero_stage(ds_config) < 2 else None,
+    )  # fmt: skip
     memory, host = _memory(size, traffic, activations, replicas, ds_config)
     host *= cluster.gpus_per_node
     whole = size_of(meta_model(config, lora_rank=work.lora_rank))
@@ -198,8 +200,8 @@ def _memory(
         host, parameters = host + parameters, 0.0
     if zero.get("offload_optimizer", {}).get("device", "none") != "none":
         host, optimiser = host + optimiser, 0.0
-    # the step in float32, one group of parameters at a time: its gradient, and AdamW's denominator
-    update = 8 * min(trained / shard["adam"], zero.get("sub_group_size", 1_000_000_000)) if optimiser else 0.0
+    # the step in float32, one group of parameters at a time: its gradient (AdamW is fused)
+    update = 4 * min(trained / shard["adam"], zero.get("sub_group_size", 1_000_000_000)) if optimiser else 0.0
     parts = {
         "parameters": parameters,
         "gradients": BF16 * trained / shard["grads"],

@@ -1,10 +1,9 @@
-"""ZeRO-3's all-gathers and reduce-scatters in a step: DeepSpeed's coordinator (0.19) replayed on sizes alone.
+"""ZeRO-3's all-gathers and reduce-scatters in a step: DeepSpeed's coordinators (0.19) replayed on sizes alone.
 
-The coordinator records the order of modules in one forward and its backward. While the next ones follow it, it gathers
-ahead, and keeps what will be used again within `stage3_max_reuse_distance` elements; when they do not, it forgets the
-order, gathers each module when it is reached and frees it when it is left, norms and biases included, until it has
-recorded an order again. With gradient accumulation CC-Tuning breaks the order in each step: the English pass is a
-forward alone, and its backward comes after the last micro-batch's.
+A coordinator records the order of modules in a pass. From then on it gathers ahead, and keeps what the pass will use
+again within `stage3_max_reuse_distance` elements. With gradient accumulation a step of CC-Tuning has three kinds of
+passes, each with a coordinator of its own (cc_ds/dist/zero.py, GatherOrders): English forward, target forward and
+backward, English backward. They share which parameters are whole.
 
 Source: deepspeed/runtime/zero/partitioned_param_coordinator.py and parameter_offload.py.
 """
@@ -43,96 +42,111 @@ def step_traffic(
         method: sft, cc or cc-nograd.
         zero: the zero_optimization section of a DeepSpeed configuration, without "auto".
     """
-    coordinator = Coordinator(size, zero)
+    parameters = Parameters(size, zero)
+    usual, english_first, english_last = (Coordinator(parameters, zero) for _ in range(3))
     target, english = _forward(size, connected=method != "sft"), _forward(size, english=True)
     target_forward, english_forward = _visits(target), _visits(english)
     target_backward = _backward(target, checkpointing)
     english_backward = _backward(english, checkpointing) if method == "cc" else []
-    reduced = 0
-    for _ in range(4):  # the first steps record
-        coordinator.start_counting()
+    apart = method != "sft" and accumulation > 1  # the English prompts of all micro-batches are read together
+    for _ in range(3):  # the first steps record
+        parameters.start_counting()
         reduced = 0
-        if method != "sft" and accumulation > 1:
-            coordinator.run(english_forward, new_pass=True)
+        if apart:
+            english_first.run(english_forward)
         for _ in range(accumulation):
-            within = english_forward if method != "sft" and accumulation == 1 else []
-            coordinator.run([*within, *target_forward], new_pass=True)
-            coordinator.run([*target_backward, *(english_backward if within else [])])
-            coordinator.end_backward()
+            forward, backward = target_forward, target_backward
+            if method != "sft" and not apart:
+                forward, backward = [*english_forward, *target_forward], [*target_backward, *english_backward]
+            usual.run([*forward, *backward])
+            parameters.end_backward()
             reduced += _trained(target_forward)
-        if english_backward and accumulation > 1:
-            coordinator.run(english_backward)
-            coordinator.end_backward()
-            reduced += _trained(english_forward)
-        coordinator.gather_persistent()
-    return Traffic(coordinator.gathered, coordinator.late, reduced, coordinator.peak)
+        if apart and english_backward:
+            english_last.run(english_backward)
+            parameters.end_backward()
+            reduced += _trained(english_backward)
+        parameters.gather_persistent()
+    return Traffic(parameters.gathered, parameters.late, reduced, parameters.peak)
 
 
-class Coordinator:
-    """Which parameters are whole, what comes next, what is freed."""
+class Parameters:
+    """Which parameters are whole on a rank, and what was moved to make them so."""
 
     def __init__(self, size: ModelSize, zero: dict[str, Any]) -> None:
         threshold = zero.get("stage3_param_persistence_threshold", 100_000)
         self.numel = size.unique()
         self.persistent = {key for key, numel in self.numel.items() if numel <= threshold}
-        self.prefetch_bucket = zero.get("stage3_prefetch_bucket_size", 50_000_000)
-        self.max_reuse_distance = zero.get("stage3_max_reuse_distance", 1_000_000_000)
-        self.max_live = zero.get("stage3_max_live_parameters", 1_000_000_000)
-        self.mode, self.order, self.queue = "invalid", [], deque()
         self.whole: set[int] = set()
+        self.live = 0  # elements of these
         self.ahead: set[int] = set()  # gathered and not yet used
-        self.fetched_for: dict[int, int] = {}
-        self.kept: dict[tuple[int, int], set[int]] = {}
         self.unreleased: set[int] = set()
-        self.place = self.live = 0
         self.start_counting()
 
     def start_counting(self) -> None:
         """Forget the counts of the step before."""
         self.gathered = self.late = self.peak = 0
 
-    def run(self, visits: list[Visit], new_pass: bool = False) -> None:
-        """Modules in order; `new_pass` where the engine's forward begins."""
-        if new_pass:
-            self._begin_pass()
+    def gather(self, keys: set[int], late: bool) -> int:
+        """Make them whole; elements that this moves."""
+        numel = sum(self.numel[key] for key in keys - self.whole)
+        self.gathered += numel
+        self.late += numel if late else 0
+        self.whole |= keys
+        self.live += numel
+        self.peak = max(self.peak, self.live)
+        return numel
+
+    def free(self, keys: set[int]) -> int:
+        """Keep no more than this rank's part of them; elements freed."""
+        numel = sum(self.numel[key] for key in keys & self.whole)
+        self.whole -= keys
+        self.ahead -= keys
+        self.live -= numel
+        return numel
+
+    def end_backward(self) -> None:
+        """What no hook freed, the embedding among it, is freed after the backward."""
+        self.free(self.unreleased - self.persistent)
+        self.unreleased = set()
+
+    def gather_persistent(self) -> None:
+        """After the optimiser's step, all of them in one call, those that are whole too."""
+        self.free(self.persistent)
+        self.gather(self.persistent, late=False)
+
+
+class Coordinator:
+    """One kind of pass: what comes next in it, what is kept for it."""
+
+    def __init__(self, parameters: Parameters, zero: dict[str, Any]) -> None:
+        self.parameters = parameters
+        self.prefetch_bucket = zero.get("stage3_prefetch_bucket_size", 50_000_000)
+        self.max_reuse_distance = zero.get("stage3_max_reuse_distance", 1_000_000_000)
+        self.max_live = zero.get("stage3_max_live_parameters", 1_000_000_000)
+        self.order: list[Leaf] = []
+        self.known = False  # the order is, from the second pass on
+        self.kept: dict[int, set[int]] = {}
+
+    def run(self, visits: list[Visit]) -> None:
+        """A pass over modules, always the same."""
+        self.parameters.free(set(self.parameters.ahead))
+        params = [(weight.key, place) for place, leaf in enumerate(self.order) for weight in leaf.weights]
+        self.queue = deque(params)
+        self.fetched_for: dict[int, int] = {}
+        self.place = self.live = 0
         for leaf, freed in visits:
-            if self.mode == "complete" and (self.place >= len(self.order) or self.order[self.place] is not leaf):
-                self._forget()
-            if self.mode == "record":
-                self.order.append(leaf)
             self._fetch(leaf)
             if freed:
                 self._release(leaf)
             else:
-                self.unreleased |= {weight.key for weight in leaf.weights}
-
-    def end_backward(self) -> None:
-        """What no hook freed, the embedding among it, is freed after the backward."""
-        self._free(self.unreleased - self.persistent)
-        self.unreleased = set()
-
-    def gather_persistent(self) -> None:
-        """After the optimiser's step, all of them in one call."""
-        self.whole |= self.persistent
-        self.gathered += sum(self.numel[key] for key in self.persistent)
-
-    def _begin_pass(self) -> None:
-        self._free(self.ahead)
-        self.mode = {"invalid": "record", "record": "complete", "complete": "complete"}[self.mode]
-        params = [(weight.key, place) for place, leaf in enumerate(self.order) for weight in leaf.weights]
-        self.queue = deque(params if self.mode == "complete" else [])
-        self.fetched_for, self.place, self.live = {}, 0, 0
-
-    def _forget(self) -> None:
-        self.mode, self.order = "invalid", []
-        self._free(self.ahead)
-        self.fetched_for, self.queue = {}, deque()
+                self.parameters.unreleased |= {weight.key for weight in leaf.weights}
+        self.order, self.known = [leaf for leaf, _ in visits], True
 
     def _fetch(self, leaf: Leaf) -> None:
         keys = {weight.key for weight in leaf.weights}
-        self._gather(keys - self.whole, late=True)
-        self.ahead -= keys
-        if self.mode == "complete":
+        self.live += self.parameters.gather(keys, late=True)
+        self.parameters.ahead -= keys
+        if self.known:
             new = {key for key in keys if self.fetched_for.get(key, -1) < self.place}
             for _ in range(len(new)):
                 key, place = self.queue.popleft()
@@ -145,33 +159,23 @@ class Coordinator:
         wanted, numel = set(), 0
         while self.queue and numel < limit:
             key, place = self.queue.popleft()
-            if key not in self.whole and key not in wanted:
+            if key not in self.parameters.whole and key not in wanted:
                 wanted.add(key)
-                numel += self.numel[key]
+                numel += self.parameters.numel[key]
             self.fetched_for[key] = max(self.fetched_for.get(key, -1), place)
-        self._gather(wanted, late=False)
-        self.ahead |= wanted
-
-    def _gather(self, keys: set[int], late: bool) -> None:
-        numel = sum(self.numel[key] for key in keys)
-        self.gathered += numel
-        self.late += numel if late else 0
-        self.live += numel
-        self.whole |= keys
-        self.peak = max(self.peak, sum(self.numel[key] for key in self.whole))
+        self.live += self.parameters.gather(wanted, late=False)
+        self.parameters.ahead |= wanted
 
     def _release(self, leaf: Leaf) -> None:
         keys = {weight.key for weight in leaf.weights}
-        if self.mode == "complete":
-            # DeepSpeed decides once for a module and place, and remembers it even when the order has changed.
-            where = (id(leaf), self.place)
-            if where not in self.kept:
-                self.kept[where] = self._keep(keys)
-            keys = keys - self.kept[where]
-        self._free(keys)
+        if self.known:
+            if self.place not in self.kept:  # DeepSpeed decides once for a module and place
+                self.kept[self.place] = self._keep(keys)
+            keys = keys - self.kept[self.place]
+        self.live -= self.parameters.free(keys)
 
     def _keep(self, keys: set[int]) -> set[int]:
-        kept = {key for key in keys if key in self.persistent or self.fetched_for.get(key, -1) > self.place}
+        kept = {key for key in keys if key in self.parameters.persistent or self.fetched_for.get(key, -1) > self.place}
         distance = 0
         for leaf in self.order[self.place :]:
             if distance >= self.max_reuse_distance:
@@ -179,11 +183,6 @@ class Coordinator:
             kept |= {weight.key for weight in leaf.weights}
             distance += sum(weight.numel for weight in leaf.weights)
         return kept
-
-    def _free(self, keys: set[int]) -> None:
-        self.live -= sum(self.numel[key] for key in keys & self.whole)
-        self.whole -= keys
-        self.ahead -= keys
 
 
 def _forward(size: ModelSize, connected: bool = False, english: bool = False) -> list[Block]:

@@ -13,6 +13,7 @@ import copy
 import weakref
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from torch.utils._pytree import tree_iter
 from transformers import AttentionInterface, PretrainedConfig
 
 from cc_ds.config import CCConfig
-from cc_ds.data.packing import PackedBatch, join, pack
+from cc_ds.data.packing import Packed, PackedBatch, pack, share
 from cc_ds.models.arch import decoder_of
 from cc_ds.plan.flops import Lengths
 from cc_ds.plan.size import meta_model
@@ -41,8 +42,8 @@ class StepMemory:
     logits: float
     """Beyond these, the most while logits, loss and their gradients are computed."""
     working: float
-    """Beyond english and activations, the most while the layers run forward and backward; with activation
-    checkpointing one layer's recomputed activations are in it."""
+    """Beyond english and activations, the most while the layers run forward and backward: one layer's recomputed
+    activations under checkpointing, and gradients of weights that are not complete yet."""
 
     @property
     def peak(self) -> float:
@@ -59,16 +60,20 @@ def step_memory(
     dtype: torch.dtype = torch.bfloat16,
     checkpointing: bool = False,
     lora_rank: int = 0,
-    keep_gradients: bool = False,
+    apart: bool | None = None,
 ) -> StepMemory:
     """Memory of one optimiser step over `accumulation` micro-batches of these rows.
+
+    A weight's gradient is gone as soon as it is complete, as under ZeRO-2 and 3.
 
     Args:
         config: of the model as one rank computes it (see `estimate.local_config`).
         method: sft, cc or cc-nograd.
-        keep_gradients: count whole gradients too, as plain PyTorch keeps them; else a weight's gradient is gone as
-            soon as it is complete, as under ZeRO-2 and 3.
+        apart: whether the English prompts are read in a pass of their own; None: where there are several
+            micro-batches, as the trainer does. In one pass with the target rows, no weight's gradient is complete
+            before the English backward, and all of them are held whole until then.
     """
+    apart = accumulation > 1 if apart is None else apart
     depths = [min(depth, config.num_hidden_layers) for depth in DEPTHS]
     if config.num_hidden_layers <= DEPTHS[1]:
         depths = [config.num_hidden_layers] * 2
@@ -80,11 +85,11 @@ def step_memory(
             model.activation_checkpointing_enable()
         if method == "sft":
             model.decision_maker.requires_grad_(False)
-        replays.append(astuple(_replay(model, method, rows, accumulation, keep_gradients)))
+        replays.append(astuple(_replay(model, method, rows, accumulation, apart)))
     if len(replays) == 1:
         return StepMemory(*replays[0])
-    share = (config.num_hidden_layers - depths[0]) / (depths[1] - depths[0])
-    return StepMemory(*(low + share * (high - low) for low, high in zip(*replays, strict=True)))
+    stretch = (config.num_hidden_layers - depths[0]) / (depths[1] - depths[0])
+    return StepMemory(*(low + stretch * (high - low) for low, high in zip(*replays, strict=True)))
 
 
 class LiveBytes(TorchDispatchMode):
@@ -117,66 +122,73 @@ class LiveBytes(TorchDispatchMode):
         self.peak = max(self.peak, self.live)
 
     def restart(self) -> int:
-        """What is alive now; `peak` counts from here."""
-        self.peak = self.live
-        return self.live
+        """The peak until now; it counts anew from here."""
+        peak, self.peak = self.peak, self.live
+        return peak
 
 
-def _replay(model, method: str, rows: Sequence[Lengths], accumulation: int, keep_gradients: bool) -> StepMemory:
-    batches = [_batch(rows, method) for _ in range(accumulation)]
-    if not keep_gradients:
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(_drop_gradient)
-    marks = {}
-    with LiveBytes() as memory:
-        english_LKH = leaf_LKH = None
-        if method != "sft":
-            english_LKH = model(packed_english=join([batch.english for batch in batches])).english_activations
-            leaf_LKH = english_LKH.detach().requires_grad_(method == "cc")
-        forward_peak = memory.peak
-        english = memory.restart()
-        batch = batches[0]
-        part_LKH = None if leaf_LKH is None else leaf_LKH[:, : len(rows)]
+def _replay(model, method: str, rows: Sequence[Lengths], accumulation: int, apart: bool) -> StepMemory:
+    batch, prompts = _batches(rows, method, accumulation, apart)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(_drop_gradient)
+    marks = {} if method != "sft" else {"english": 0}
+    peaks = []
 
-        def decoded(module, arguments, output):
-            marks["decoder"] = memory.peak
-            marks["activations"] = memory.restart() - english
+    def decoded(module, arguments, output):
+        if "english" not in marks:
+            marks["english"] = memory.live
+        else:
+            marks["activations"] = memory.live - marks["english"]
             output.last_hidden_state.register_hook(gradient_arrives)
+        peaks.append(memory.restart())
 
-        def gradient_arrives(gradient):
-            marks["logits"] = memory.peak
-            memory.restart()
+    def gradient_arrives(gradient):
+        marks["logits"] = memory.restart()
 
-        handle = decoder_of(model, model.family).register_forward_hook(decoded)
-        loss = model(packed=batch, english_activations=part_LKH, num_items_in_batch=1).loss
-        handle.remove()
-        loss.backward()
-        if method == "cc":
-            (english_LKH * leaf_LKH.grad).sum().backward()
-    kept = english + marks["activations"]
+    decoder_of(model, model.family).register_forward_hook(decoded)
+    with LiveBytes() as memory:
+        english_LUH = leaf_LUH = None
+        if prompts is not None:
+            english_LUH = model(packed_english=prompts).english_activations
+            leaf_LUH = english_LUH.detach().requires_grad_(method == "cc")
+            marks["english"] = memory.live
+        model(packed=batch, english_activations=leaf_LUH, num_items_in_batch=1).loss.backward()
+        if prompts is not None and method == "cc":
+            (english_LUH * leaf_LUH.grad).sum().backward()
+    kept = marks["english"] + marks["activations"]
     return StepMemory(
-        english=english,
+        english=marks["english"],
         activations=marks["activations"],
         logits=marks["logits"] - kept,
-        working=max(memory.peak, forward_peak, marks["decoder"]) - kept,
+        working=max(memory.peak, *peaks) - kept,
     )
 
 
-def _batch(rows: Sequence[Lengths], method: str) -> PackedBatch:
-    tokenised = [
-        {
-            "input_ids": [0] * row.target,
-            "labels": [-100] * row.prompt + [0] * row.response,
-            "anchor": row.prompt - 1,
-            "english_input_ids": [0] * row.english,
-            "english_anchor": row.english - 1,
-            "lang": "und",
-            "source": "plan",
-        }
-        for row in rows
+def _batches(rows: Sequence[Lengths], method: str, accumulation: int, apart: bool) -> tuple[PackedBatch, Packed | None]:
+    """The first micro-batch, and the English prompts of all, no two of which are the same, where they are apart."""
+    connect = method != "sft"
+    batches = [
+        pack([_tokenised(row, first + number) for number, row in enumerate(rows)], 0, connect)
+        for first in range(0, accumulation * len(rows), len(rows))
     ]
-    return pack(tokenised, 0, connect=method != "sft").to(torch.device("meta"))
+    device = torch.device("meta")
+    if not (connect and apart):
+        return batches[0].to(device), None
+    english, batches = share(batches)
+    return batches[0].to(device), english.to(device)
+
+
+def _tokenised(row: Lengths, first_token: int) -> dict[str, Any]:
+    return {
+        "input_ids": [0] * row.target,
+        "labels": [-100] * row.prompt + [0] * row.response,
+        "anchor": row.prompt - 1,
+        "english_input_ids": [first_token] + [0] * (row.english - 1),
+        "english_anchor": row.english - 1,
+        "lang": "und",
+        "source": "plan",
+    }
 
 
 def _with_layers(config: PretrainedConfig, layers: int) -> PretrainedConfig:
