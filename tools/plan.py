@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
     print(format_estimates(found, cluster))
     for method in METHODS:
         if not found[method].fits:
-            print(format_changes(method, cheaper_memory(config, cluster, work, ds_config, method), cluster))
+            print(format_changes(method, cheaper_memory(config, cluster, work, ds_config, method)))
     if args.json:
         write_json(
             {"settings": {k: str(v) for k, v in vars(args).items()}} | {k: asdict(v) for k, v in found.items()},

@@ -34,7 +34,7 @@ def format_estimates(found: dict[str, Estimate], cluster: Cluster) -> str:
     return "\n".join(lines)
 
 
-def format_changes(method: str, changes: list[tuple[str, Estimate]], cluster: Cluster) -> str:
+def format_changes(method: str, changes: list[tuple[str, Estimate]]) -> str:
     """What would fit, fastest first."""
     if not changes:
         return f"{TITLES[method]} does not fit, nor does any change tried here: take more nodes or larger GPUs."
