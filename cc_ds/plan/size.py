@@ -12,6 +12,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from cc_ds.config import CCConfig
 from cc_ds.connection.model import CCModelForCausalLM
+from cc_ds.dist.zero import whole_numel
 from cc_ds.models.arch import decoder_of, family_of, layers_of
 
 
@@ -169,7 +170,7 @@ def _leaf(name: str, module: nn.Module, matrix: bool = True, active: float = 1.0
         weights.append(
             Weight(
                 key=id(parameter),
-                numel=getattr(parameter, "ds_numel", parameter.numel()),
+                numel=whole_numel(parameter),
                 matrix=matrix and len(shape) > 1,
                 active=active if is_experts else 1.0,
                 trainable=parameter.requires_grad,
