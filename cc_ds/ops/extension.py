@@ -52,7 +52,9 @@ def status() -> dict[str, str]:
 
 @functools.cache
 def say_if_reference(device_type: str) -> None:
-    """Say once per device type that its kernel is missing, and why."""
+    """Say once per device type that its kernel is missing, and why; on meta nothing runs, so nothing is missing."""
+    if device_type == "meta":
+        return
     why = _WHY_REFERENCE.get(device_type, "there is no kernel for this kind of device")
     if why is not None:
         _LOG.warning("gated_fuse runs on plain PyTorch on %s, not on its kernel: %s", device_type, why)

@@ -156,10 +156,10 @@ def cheaper_memory(
         (f"{base}, twice the nodes", replace(cluster, nodes=2 * cluster.nodes), thrifty, three),
         (f"{base}, LoRA of rank 16", cluster, replace(thrifty, lora_rank=16), three),
     ]
-    ways = [size for size in (2, 4, 8) if size > work.tensor_parallel and cluster.gpus_per_node % size == 0]
-    options += [
-        (f"{base}, tensor parallel {size}", cluster, replace(thrifty, tensor_parallel=size), three) for size in ways
-    ]
+    for ways in (2, 4, 8):
+        if ways % work.tensor_parallel == 0 and ways > work.tensor_parallel and cluster.gpus_per_node % ways == 0:
+            joint = replace(thrifty, tensor_parallel=ways, micro_batch=work.micro_batch * ways // work.tensor_parallel)
+            options.append((f"{base}, tensor parallel {ways}, as many rows a step", cluster, joint, three))
     found = []
     for name, machines, changed, ds in options:
         try:
