@@ -28,6 +28,7 @@ if __name__ == "__main__":
 
 from cc_ds import cli
 from cc_ds.dist.group import Group, group_left_after, start_group
+from cc_ds.dist.patience import main_first
 from cc_ds.eval.journal import Journal, model_fingerprint
 from cc_ds.eval.metrics import METRICS
 from cc_ds.eval.report import format_table, plot_languages
@@ -54,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     group = start_group() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else Group.alone()
     if group.world_size > 1 and args.device is None:
         args.device = str(group.device)
-    with group.main_first():  # what comes from the hub is fetched once
+    with main_first(group, "fetching the tasks"):  # what comes from the hub is fetched once
         tasks = [load(name, args) for name in args.task]
     model, tokenizer, template = cli.load_model(args)
     mode = args.mode or ("plain" if model.transform is None else "transform")

@@ -28,8 +28,8 @@ def labelled_loss(head: nn.Module, hidden_NH: Tensor, labels: Tensor, cap: float
         labels: (N,) int64, each position's next token.
         cap: logits become `cap * tanh(logits / cap)` (Gemma 2).
     """
-    # Not head.weight: reading that outside the head's own forward makes DeepSpeed gather it with every pass of the whole
-    # model, the English ones too.
+    # Not head.weight: reading that outside the head's own forward makes DeepSpeed gather it with every pass of the
+    # whole model, the English ones too.
     vocabulary = whole_numel(next(head.parameters())) // hidden_NH.shape[1]
     rows = max(1, LOGITS_CHUNK // vocabulary)
     if hidden_NH.shape[0] <= rows:
