@@ -41,7 +41,7 @@ def test_a_finite_loss_is_untouched():
 
 def test_adamw_skips_at_stage_0():
     weight = torch.nn.Parameter(torch.ones(3))
-    optimizer = SkippingAdamW([weight], lr=0.1)
+    optimizer = SkippingAdamW([weight], lr=0.1, ranks=Group.alone())
     weight.grad = torch.tensor([1.0, math.inf, 1.0])
     optimizer.step()
     assert optimizer.overflow and torch.equal(weight.data, torch.ones(3)) and not optimizer.state[weight]
