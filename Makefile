@@ -1,7 +1,7 @@
 # make demo     the whole walk on an embedded task (SEEDS=3 for its spread)
 # make test     the tests
 # make test-slow   the kernels under sanitizers, with planted bugs, and what happens under faults
-# make kernels  the CUDA kernels without a GPU: what nvcc makes of them, against a budget; sanitizers; planted bugs
+# make kernels     the CUDA kernels without a GPU: what nvcc makes of them, against a budget; sanitizers; planted bugs
 # make test-gpu    the CUDA kernels, where there is a GPU
 # make test-slurm  the job scripts on a SLURM of two nodes, booted here (root; installs slurm-wlm by apt)
 # make lint     formatting and lint
