@@ -22,14 +22,11 @@ ZERO = {
 METHODS = ("sft", "cc", "cc-nograd")
 Case = tuple[str, str, int, bool]  # settings, method, accumulation, activation checkpointing
 SOME: list[Case] = [
-    *(("large", method, 4, False) for method in METHODS),
     ("large", "cc", 1, False),
+    ("large", "cc", 4, False),
+    ("large", "cc-nograd", 4, False),
     ("large", "cc", 4, True),
     ("default", "cc", 4, False),
-]
-ALL: list[Case] = [
-    *((settings, method, steps, False) for settings in ZERO for steps in (1, 4, 8) for method in METHODS),
-    *((settings, method, 4, True) for settings in ZERO for method in METHODS),
 ]
 # Bytes gathered over those of SFT at 8 micro-batches, for a model far larger than the reuse distance.
 LIMIT = {"cc-nograd": 1.07, "cc": 1.13}
@@ -72,7 +69,11 @@ def test_two_ranks(base_command, model_folder, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_every_setting_and_the_price_of_the_english_pass(ranks, base_command, model_folder, tmp_path):
-    gathered = _compare(ALL, ranks, base_command, model_folder, tmp_path)
-    for method, limit in LIMIT.items():
-        assert gathered["large", method, 8, False] <= limit * gathered["large", "sft", 8, False]
+@pytest.mark.parametrize("settings", ZERO)
+def test_every_setting_and_the_price_of_the_english_pass(settings, ranks, base_command, model_folder, tmp_path):
+    cases = [(settings, method, steps, False) for steps in (1, 4, 8) for method in METHODS]
+    cases += [(settings, method, 4, True) for method in METHODS]
+    gathered = _compare(cases, ranks, base_command, model_folder, tmp_path)
+    if settings == "large":
+        for method, limit in LIMIT.items():
+            assert gathered[settings, method, 8, False] <= limit * gathered[settings, "sft", 8, False]
