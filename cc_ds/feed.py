@@ -32,7 +32,7 @@ class Step:
     micro_batches: list[tuple[PackedBatch, Tensor | None]]
     """Batches, and the gate's noise (K, L) for each; None for plain SFT."""
     english: Packed | None
-    """The English prompts of all micro-batches, where there are several; a single one carries its own."""
+    """The English prompts of all micro-batches; None for plain SFT."""
     labels: int
     """Target tokens that the loss counts."""
     english_tokens: int
@@ -107,11 +107,10 @@ class StepFeed:
                 noise = gumbel_noise_at(connected, self.num_layers, seed)
             batches.append((batch, noise))
         english, english_tokens = None, 0
-        if connect and len(batches) > 1:
+        if connect:
             english, shared = share([batch for batch, _ in batches])
             batches = [(batch, noise) for batch, (_, noise) in zip(shared, batches, strict=True)]
-        if connect:
-            english_tokens = sum((english or batches[0][0].english).lengths)
+            english_tokens = sum(english.lengths)
         if self.group.device.type == "cuda":
             batches = [(batch.pin_memory(), noise if noise is None else noise.pin_memory()) for batch, noise in batches]
             english = None if english is None else english.pin_memory()

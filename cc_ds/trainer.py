@@ -39,12 +39,13 @@ class EnglishPass:
     """The English prompts of a step, read for all its micro-batches at once (METHOD, Training, last paragraph).
 
     Weights do not change within a step, so one pass gives every micro-batch its E, and one backward takes the gradients
-    that they leave on it: one gather of the parameters under ZeRO-3 where there would be one per micro-batch. With a
-    single micro-batch, the model reads the English prompts in the same forward, which is the same.
+    that they leave on it: one gather of the parameters under ZeRO-3 where there would be one per micro-batch. It is a
+    pass of its own for a single micro-batch too: in one graph with the target rows, no layer's gradient would be
+    complete before the English backward, and every rank would hold all of them whole until then (70B: 127 GiB).
     """
 
     def __init__(self, engine, orders: GatherOrders, english: Packed | None) -> None:
-        """`english`: the prompts of all micro-batches; None where there is nothing to read in a pass of its own."""
+        """`english`: the prompts of all micro-batches; None for plain SFT."""
         self.engine, self.orders = engine, orders
         self.activations: Tensor | None = None
         self.needs_backward = False

@@ -93,7 +93,6 @@ def estimate(
     activations = step_memory(
         local, method, rows, work.accumulation, checkpointing=work.checkpointing, lora_rank=work.lora_rank,
         # below stage 2, gradients are counted whole in any case
-        apart=True if zero_stage(ds_config) < 2 else None,
     )  # fmt: skip
     memory, host = _memory(size, traffic, activations, replicas, ds_config)
     host *= cluster.gpus_per_node

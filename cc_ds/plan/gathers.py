@@ -48,20 +48,16 @@ def step_traffic(
     target_forward, english_forward = _visits(target), _visits(english)
     target_backward = _backward(target, checkpointing)
     english_backward = _backward(english, checkpointing) if method == "cc" else []
-    apart = method != "sft" and accumulation > 1  # the English prompts of all micro-batches are read together
     for _ in range(3):  # the first steps record
         parameters.start_counting()
         reduced = 0
-        if apart:
+        if method != "sft":
             english_first.run(english_forward)
         for _ in range(accumulation):
-            forward, backward = target_forward, target_backward
-            if method != "sft" and not apart:
-                forward, backward = [*english_forward, *target_forward], [*target_backward, *english_backward]
-            usual.run([*forward, *backward])
+            usual.run([*target_forward, *target_backward])
             parameters.end_backward()
             reduced += _trained(target_forward)
-        if apart and english_backward:
+        if english_backward:
             english_last.run(english_backward)
             parameters.end_backward()
             reduced += _trained(english_backward)

@@ -60,7 +60,6 @@ def step_memory(
     dtype: torch.dtype = torch.bfloat16,
     checkpointing: bool = False,
     lora_rank: int = 0,
-    apart: bool | None = None,
 ) -> StepMemory:
     """Memory of one optimiser step over `accumulation` micro-batches of these rows.
 
@@ -69,11 +68,7 @@ def step_memory(
     Args:
         config: of the model as one rank computes it (see `estimate.local_config`).
         method: sft, cc or cc-nograd.
-        apart: whether the English prompts are read in a pass of their own; None: where there are several
-            micro-batches, as the trainer does. In one pass with the target rows, no weight's gradient is complete
-            before the English backward, and all of them are held whole until then.
     """
-    apart = accumulation > 1 if apart is None else apart
     depths = [min(depth, config.num_hidden_layers) for depth in DEPTHS]
     if config.num_hidden_layers <= DEPTHS[1]:
         depths = [config.num_hidden_layers] * 2
@@ -85,7 +80,7 @@ def step_memory(
             model.activation_checkpointing_enable()
         if method == "sft":
             model.decision_maker.requires_grad_(False)
-        replays.append(astuple(_replay(model, method, rows, accumulation, apart)))
+        replays.append(astuple(_replay(model, method, rows, accumulation)))
     if len(replays) == 1:
         return StepMemory(*replays[0])
     stretch = (config.num_hidden_layers - depths[0]) / (depths[1] - depths[0])
@@ -127,8 +122,8 @@ class LiveBytes(TorchDispatchMode):
         return peak
 
 
-def _replay(model, method: str, rows: Sequence[Lengths], accumulation: int, apart: bool) -> StepMemory:
-    batch, prompts = _batches(rows, method, accumulation, apart)
+def _replay(model, method: str, rows: Sequence[Lengths], accumulation: int) -> StepMemory:
+    batch, prompts = _batches(rows, method, accumulation)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(_drop_gradient)
@@ -165,15 +160,15 @@ def _replay(model, method: str, rows: Sequence[Lengths], accumulation: int, apar
     )
 
 
-def _batches(rows: Sequence[Lengths], method: str, accumulation: int, apart: bool) -> tuple[PackedBatch, Packed | None]:
-    """The first micro-batch, and the English prompts of all, no two of which are the same, where they are apart."""
+def _batches(rows: Sequence[Lengths], method: str, accumulation: int) -> tuple[PackedBatch, Packed | None]:
+    """The first micro-batch, and the English prompts of all, no two of which are the same."""
     connect = method != "sft"
     batches = [
         pack([_tokenised(row, first + number) for number, row in enumerate(rows)], 0, connect)
         for first in range(0, accumulation * len(rows), len(rows))
     ]
     device = torch.device("meta")
-    if not (connect and apart):
+    if not connect:
         return batches[0].to(device), None
     english, batches = share(batches)
     return batches[0].to(device), english.to(device)

@@ -64,9 +64,7 @@ def test_a_prompt_that_several_rows_share_is_read_once():
     assert all(batch.english is None for batch, _ in step.micro_batches)
 
 
-def test_a_single_micro_batch_carries_its_own_english():
-    step = next(_feed(gradient_accumulation_steps=1))
-    assert step.english is None and step.micro_batches[0][0].english is not None
+def test_plain_sft_reads_no_english():
     plain = next(_feed(method="sft"))
     assert plain.english is None and plain.english_tokens == 0
     assert all(noise is None and batch.english is None for batch, noise in plain.micro_batches)
