@@ -60,7 +60,7 @@ def _measured(config, method: str, accumulation: int, checkpointing: bool) -> fl
             parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     batches = [pack([_row(2 * part), _row(2 * part + 1)], 0, connect=method != "sft") for part in range(accumulation)]
     prompts = None
-    if method != "sft" and accumulation > 1:
+    if method != "sft":
         prompts, batches = share(batches)
     engine = _Engine(model)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
