@@ -1,0 +1,70 @@
+"""What is compared: how each arm is trained, and which tables there are. configs/MODEL.yaml has what all arms share.
+
+All arms start from the same model and take the same steps; a step holds the same rows in the same order for the same
+seed, so every arm sees the same target rows. In sft-english each target row has its English twin beside it as a row of
+its own and a step holds twice the rows: the same number of target rows (on average over the shuffle), and as many
+English prompts as CC-Tuning reads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cc_ds.config import read_yaml
+
+CONFIGS = Path(__file__).parent / "configs"
+MODELS = ("gemma", "smollm2")
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """One way to train."""
+
+    method: str
+    """cc or sft."""
+    train_file: str = "train.jsonl"
+    """Of the prepared data."""
+    rows: int = 1
+    """Rows of a step, in multiples of the others'."""
+    options: dict[str, str] = field(default_factory=dict)
+    """Further options of cc_ds/train.py."""
+
+
+ARMS = {
+    "sft": Arm("sft"),
+    "sft-english": Arm("sft", "train-english.jsonl", rows=2),
+    "cc": Arm("cc"),
+    "cc-nograd": Arm("cc", options={"english_grad": "false"}),
+    "cc-dropout": Arm("cc", options={"english_dropout": "0.5"}),
+}
+TABLES = {"main": ("sft", "sft-english", "cc", "cc-nograd"), "dropout": ("sft", "cc", "cc-dropout")}
+"""Name -> arms; the first is what the others are compared with."""
+
+
+def settings(model: str) -> dict[str, Any]:
+    """The shared settings of a model's arms."""
+    return read_yaml(str(CONFIGS / f"{model}.yaml"))
+
+
+def train_options(name: str, model: str, seed: int, data: Path, start: Path, run: Path) -> list[str]:
+    """The command line of cc_ds/train.py for an arm and a seed.
+
+    Args:
+        data: what prepare_data.py wrote.
+        start: what prepare_model.py wrote.
+        run: the run's folder.
+    """
+    arm = ARMS[name]
+    options = {
+        "config": CONFIGS / f"{model}.yaml",
+        "model_name_or_path": start,
+        "train_file": data / arm.train_file,
+        "output_dir": run,
+        "method": arm.method,
+        "per_device_train_batch_size": settings(model)["per_device_train_batch_size"] * arm.rows,
+        "seed": seed,
+        "resume_from_checkpoint": "latest",
+    } | arm.options
+    return [str(word) for key, value in options.items() for word in (f"--{key}", value)]

@@ -1,0 +1,166 @@
+"""The table of an experiment: scores by arm and mode, and differences from the first arm.
+
+Rows of a task are the same item in every language, so languages are not independent: an item's score is its mean over
+the languages of a group and over the seeds, and intervals and tests redraw items (cc_ds/eval/statistics.py). The spread
+over seeds is given beside them, and how many seeds agree on the sign.
+"""
+
+from __future__ import annotations
+
+import platform
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cc_ds.eval.comparison import significance_mark
+from cc_ds.eval.run import write_json
+from cc_ds.eval.statistics import compare
+from experiments.arms import settings
+from experiments.prepare_data import TARGETS
+
+Results = Sequence[dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Languages of a task that are averaged."""
+
+    name: str
+    task: str
+    langs: tuple[str, ...]
+
+
+def groups_of(results: Results) -> list[Group]:
+    """The columns of the table."""
+    tasks = {task: tuple(found["correct"]["none"]) for task, found in results[0]["tasks"].items()}
+    left_out = tuple(lang for lang in tasks["sib200"] if lang not in (*TARGETS, "en"))
+    groups = [
+        Group("trained", "sib200", TARGETS),
+        Group("sw, yo", "sib200", ("sw", "yo")),
+        Group("left out", "sib200", left_out),
+        Group("en", "sib200", ("en",)),
+    ]
+    for task in ("xnli", "xstorycloze"):
+        groups.append(Group(task, task, tuple(lang for lang in tasks[task] if lang != "en")))
+    return groups
+
+
+def items(result: dict[str, Any], mode: str, group: Group) -> np.ndarray:
+    """(items,) an item's share of right answers over the languages of the group."""
+    marks = result["tasks"][group.task]["correct"][mode]
+    return np.mean([[int(mark) for mark in marks[lang]] for lang in group.langs], axis=0)
+
+
+def write_report(folder: Path, table: str, model: str, results: Results) -> Path:
+    """Write TABLE-MODEL.json, all figures, and TABLE-MODEL.md, the table; the path of the latter."""
+    folder.mkdir(parents=True, exist_ok=True)
+    machine = {"processor": platform.machine(), "system": platform.system()}
+    write_json(
+        {"settings": settings(model), "machine": machine, "runs": list(results)}, folder / f"{table}-{model}.json"
+    )
+    hours = sum(r["train_seconds"] + r["measure_seconds"] for r in results) / 3600
+    seeds = sorted({r["seed"] for r in results})
+    text = "\n\n".join(
+        [
+            f"# {table}, {model}: seeds {', '.join(map(str, seeds))}; {hours:.2f} process hours",
+            "Accuracy in percent, mean ± standard deviation over seeds.",
+            _scores(results),
+            f"Difference from {results[0]['arm']} in points, 95 % interval over items, * p < 0.05, ** p < 0.01; in "
+            "brackets, seeds with a higher score.",
+            _differences(results),
+            "By language (SIB-200 dev).",
+            _languages(results),
+            "Cost: seconds a run, mean over seeds.",
+            _costs(results),
+        ]
+    )
+    path = folder / f"{table}-{model}.md"
+    path.write_text(text + "\n", encoding="utf-8")
+    return path
+
+
+def _variants(results: Results) -> list[tuple[str, str]]:
+    """(arm, mode) in the order of the table."""
+    return list(dict.fromkeys((r["arm"], mode) for r in results for mode in r["tasks"]["sib200"]["correct"]))
+
+
+def _name(arm: str, mode: str) -> str:
+    return arm if arm.startswith("sft") else f"{arm}, {mode}"
+
+
+def _of(results: Results, arm: str) -> dict[int, dict[str, Any]]:
+    return {r["seed"]: r for r in results if r["arm"] == arm}
+
+
+def _scores(results: Results) -> str:
+    groups = groups_of(results)
+    lines = []
+    for arm, mode in _variants(results):
+        runs = _of(results, arm).values()
+        lines.append(
+            [_name(arm, mode), *(_cell([100 * items(r, mode, group).mean() for r in runs]) for group in groups)]
+        )
+    return _markdown(["", *(group.name for group in groups)], lines)
+
+
+def _differences(results: Results) -> str:
+    groups = groups_of(results)
+    first = results[0]["arm"]
+    baseline = _of(results, first)
+    lines = []
+    for arm, mode in _variants(results):
+        if arm == first:
+            continue
+        runs = _of(results, arm)
+        seeds = sorted(runs.keys() & baseline.keys())
+        if seeds:
+            cells = [
+                _difference([(items(baseline[s], "none", g), items(runs[s], mode, g)) for s in seeds]) for g in groups
+            ]
+            lines.append([_name(arm, mode), *cells])
+    return _markdown(["", *(group.name for group in groups)], lines)
+
+
+def _difference(pairs: list[tuple[np.ndarray, np.ndarray]]) -> str:
+    """`pairs`: per seed, the baseline's item scores and the other's."""
+    before, after = (np.mean(scores, axis=0) for scores in zip(*pairs))
+    found = compare({"items": before.tolist()}, {"items": after.tolist()})
+    higher = sum(other.mean() > base.mean() for base, other in pairs)
+    interval = f"[{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
+    return f"{100 * found.mean:+.1f} {interval}{significance_mark(found.p)} ({higher}/{len(pairs)})"
+
+
+def _languages(results: Results) -> str:
+    langs = list(results[0]["tasks"]["sib200"]["correct"]["none"])
+    variants = [v for v in _variants(results) if v[1] in ("none", "matrix", "english")]
+    lines = []
+    for lang in langs:
+        group = Group(lang, "sib200", (lang,))
+        cells = [
+            _cell([100 * items(r, mode, group).mean() for r in _of(results, arm).values()]) for arm, mode in variants
+        ]
+        lines.append([f"{lang}{'' if lang in TARGETS else ' (left out)' if lang != 'en' else ''}", *cells])
+    return _markdown(["", *(_name(*variant) for variant in variants)], lines)
+
+
+def _costs(results: Results) -> str:
+    lines = []
+    for arm in dict.fromkeys(r["arm"] for r in results):
+        runs = _of(results, arm).values()
+        means = [statistics.mean(r[key] for r in runs) for key in ("train_seconds", "measure_seconds")]
+        lines.append([arm, *(f"{mean:.0f}" for mean in means)])
+    return _markdown(["", "training", "matrices and questions"], lines)
+
+
+def _cell(values: Sequence[float]) -> str:
+    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{spread}"
+
+
+def _markdown(head: list[str], lines: list[list[str]]) -> str:
+    rows = [head, ["---"] * len(head), *lines]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)

