@@ -152,7 +152,7 @@ def _read_gguf(folder: str) -> PreTrainedModel:
         folder, gguf_file="model.gguf", dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
     )
     config = copy.deepcopy(read.config)
-    del config.quantization_config
+    vars(config).pop("quantization_config", None)
     model = AutoModelForCausalLM.from_config(config)
     model.load_state_dict(read.state_dict())
     return model.eval()
