@@ -36,6 +36,7 @@ PAIRS, HELD_OUT = 1000, 0.1
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Fit the matrices of a trained arm, ask it in every mode, and write result.json."""
     parser = cli.tool_parser(__doc__)
     parser.add_argument("--data", type=Path, required=True, help="what prepare_data.py wrote")
     parser.add_argument("--method", choices=("cc", "sft"), required=True)

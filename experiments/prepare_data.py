@@ -45,6 +45,7 @@ BENCHMARKS = {"XNLI": ("1", "2", "3"), "XStoryCloze": ("1", "2")}
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Write every file of rows, pairs and questions."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--data", type=Path, default=Path("../shared/data"), help="folder with sib200, ntrex, benchmarks"

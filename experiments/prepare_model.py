@@ -56,6 +56,7 @@ READ_BY_BOTH = 8
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Parse and prepare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, required=True)
     parser.add_argument("--packages", type=Path, help="folder that pip installed the packages into, if not this venv")

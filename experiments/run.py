@@ -57,6 +57,7 @@ class Places:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Prepare, run what is missing, and write the table."""
     args = parse(argv)
     log.setLevel(logging.INFO)
     places = Places(args.output.resolve(), args.model)
@@ -76,6 +77,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", choices=TABLES, required=True)
     parser.add_argument("--model", choices=MODELS, required=True)

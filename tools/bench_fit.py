@@ -33,6 +33,7 @@ _SHARD_ROWS = 2048
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hidden", type=cli.positive, default=2048)
     parser.add_argument("--rows", type=cli.positive, default=16000, help="N x L")
@@ -45,6 +46,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Measure, print, and write json on request."""
     args = parse(argv)
     torch.set_num_threads(args.threads)
     ridge = args.ridge if args.ridge == "auto" else float(args.ridge)
@@ -69,6 +71,7 @@ def rows_of(hidden: int, rows: int, seed: int) -> tuple[torch.Tensor, torch.Tens
 
 
 def against_lstsq(args: argparse.Namespace, ridge: float | str) -> dict:
+    """Seconds and residuals of our fit (`rounds` times) and of numpy's lstsq (once) on the same float32 rows."""
     source, target = rows_of(args.hidden, args.rows, 0)
     s, e = source[:, 0], target[:, 0]
     seconds = []
@@ -96,6 +99,11 @@ def residual(source: torch.Tensor, target: torch.Tensor, matrix: torch.Tensor) -
 
 
 def from_shards(args: argparse.Namespace, ridge: float | str) -> dict:
+    """Seconds and peak resident memory of a fit that reads its rows from shards on disk.
+
+    Raises:
+        ValueError: the shards could not be written.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         # Elsewhere, so that making the rows does not count in the peak.

@@ -28,6 +28,7 @@ from cc_ds.eval.run import write_json
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=cli.positive, nargs="+", default=[1, 8])
     parser.add_argument("--prompt_tokens", type=cli.positive, default=512)
@@ -43,6 +44,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Measure each batch size, print, and write json on request."""
     args = parse(argv)
     torch.set_num_threads(args.threads)
     model = make_model(args)
@@ -59,6 +61,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def make_model(args: argparse.Namespace) -> CCModelForCausalLM:
+    """A random Llama of the asked size with a random Transform Matrix (H, H), in evaluation mode."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=args.vocab,
@@ -77,6 +80,7 @@ def make_model(args: argparse.Namespace) -> CCModelForCausalLM:
 
 
 def measure(model: CCModelForCausalLM, batch: int, args: argparse.Namespace) -> dict:
+    """Milliseconds and peak bytes of plain and connected generation in turns; quartiles of their ratios."""
     prompts = torch.randint(1, args.vocab, (batch, args.prompt_tokens), device=args.device)
 
     def generate(connect: bool) -> float:

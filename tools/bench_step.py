@@ -54,6 +54,7 @@ ARMS = ("stock", "sft", "cc", "cc-nograd")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="training rows, whose lengths the random rows get")
     parser.add_argument("--tokenizer", help="a folder or name; needed with --data")
@@ -72,6 +73,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Run every arm in every round, print, and write json on request."""
     args = parse(argv)
     torch.set_num_threads(args.threads)
     group = start_group()

@@ -22,6 +22,7 @@ from cc_ds.eval.comparison import compare_runs, format_markdown, plot_comparison
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="json files or folders; the first is the baseline")
     parser.add_argument("--names", nargs="+", help="a label for each (default: file or folder, and mode)")
@@ -32,6 +33,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Read the runs, compare, and write table, csv and figure."""
     args = parse(argv)
     if args.names and len(args.names) != len(args.runs):
         raise ValueError(f"--names has {len(args.names)} labels for {len(args.runs)} runs")

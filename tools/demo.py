@@ -16,6 +16,7 @@ from cc_ds import cli
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Run the demo."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", default="demo_output", help="folder, emptied first (default demo_output)")
     parser.add_argument("--seeds", type=cli.positive, default=1, help="tunings per method (default 1)")

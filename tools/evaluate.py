@@ -37,6 +37,7 @@ from cc_ds.eval.tasks import Task, load_task
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
     parser = cli.tool_parser(__doc__)
     parser.add_argument("--task", nargs="+", default=["atlas"], help="which tasks (default atlas)")
     parser.add_argument("--data", type=Path, help="file or folder of rows")
@@ -51,6 +52,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Evaluate every task, print, and write what was asked for."""
     args = parse(argv)
     group = start_group() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else Group.alone()
     if group.world_size > 1 and args.device is None:

@@ -23,6 +23,7 @@ from cc_ds.export import export_checkpoint
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, type=Path, help="a checkpoint-N folder of a run")
     parser.add_argument("--output", required=True, type=Path, help="folder for the model")
@@ -32,6 +33,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Export a checkpoint."""
     args = parse(argv)
     checkpoint = find_checkpoint(str(args.checkpoint), args.checkpoint.parent, digests=not args.no_verify)
     peak = export_checkpoint(checkpoint, args.output, int(args.max_shard_gb * 1e9))

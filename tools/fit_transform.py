@@ -31,6 +31,7 @@ from cc_ds.transform.run import FitOptions, fit_model, save_fitted
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
     parser = cli.tool_parser(__doc__)
     parser.add_argument("--data", required=True, nargs="+", help="file(s) of parallel prompts")
     parser.add_argument("--output", required=True, type=Path, help="folder for the model with its transform")
@@ -48,6 +49,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Read the pairs and fit."""
     args = parse(argv)
     if args.output.resolve() == Path(args.model).resolve():
         raise ValueError("--output must be another folder than --model: the weights there are in use")
@@ -60,6 +62,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def fit(args: argparse.Namespace, rows: list[Row], group: Group) -> None:
+    """Fit on these rows, report, and save the model with its matrix; every rank must call it."""
     if group.world_size > 1 and args.device is None:
         args.device = str(group.device)
     model, tokenizer, template = cli.load_model(args)

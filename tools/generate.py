@@ -33,6 +33,7 @@ _BATCHES_PER_WRITE = 16
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
     parser = cli.tool_parser(__doc__)
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--prompt", help="one prompt")
@@ -58,6 +59,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Answer every prompt."""
     args = parse(argv)
     sampling = sampling_arguments(args)
     pairs = read(args)
@@ -101,6 +103,7 @@ def read(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], Row]]:
 
 
 def records(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
+    """Each prompt's record and where it comes from: the command line, a file, or standard input."""
     if args.prompt is not None:
         english = {} if args.english is None else {"prompt_en": args.english}
         yield {"prompt": args.prompt} | english, "--prompt"
@@ -114,6 +117,7 @@ def records(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
 
 
 def write(out: Any, record: dict[str, Any], response: str, args: argparse.Namespace) -> None:
+    """One answer: its text alone for a prompt of the command line, else its record as a line of json."""
     if args.prompt is not None and not args.output:
         print(response, file=out)
         return
@@ -122,6 +126,7 @@ def write(out: Any, record: dict[str, Any], response: str, args: argparse.Namesp
 
 
 def sampling_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """Arguments for `generate`. Raises ValueError for settings that contradict greedy decoding."""
     if args.temperature < 0:
         raise ValueError(f"--temperature must be 0 (greedy) or above, got {args.temperature}")
     if args.temperature == 0:

@@ -23,6 +23,7 @@ import torch.distributed as dist
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpus", type=int, default=0, help="GPUs that must work (default 0)")
     parser.add_argument("--min_memory_gib", type=float, default=1.0, help="available memory needed (default 1)")
@@ -33,6 +34,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Check this node, then all of them together; the exit code says whether all are well."""
     args = parse(argv)
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     problems = check_node(args.gpus, args.min_memory_gib, args.disk, args.min_disk_gib)
@@ -116,6 +118,7 @@ def all_reduce(store, rank: int, world_size: int, wait: datetime.timedelta, on_g
 
 
 def print_reports(reports: list[dict]) -> None:
+    """One line for each node, which names what is wrong with it."""
     for report in reports:
         verdict = f"BAD: {'; '.join(report['problems'])}" if report["problems"] else "well"
         print(f"health check: node {report['node']} (task {report['rank']}): {verdict}", flush=True)

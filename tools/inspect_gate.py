@@ -28,6 +28,7 @@ from cc_ds.infer.prompts import pad_token_id
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
     parser = cli.tool_parser(__doc__, model_required=False)
     parser.add_argument("--run", type=Path, help="output_dir of a training run, or its metrics.jsonl")
     parser.add_argument("--data", nargs="+", help="file(s) of prompts for --model")
@@ -43,6 +44,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Draw what was asked for and write gate.json."""
     args = parse(argv)
     numbers: dict[str, Any] = {}
     if args.run:
@@ -59,6 +61,11 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def inspect_inference(args: argparse.Namespace) -> dict[str, Any]:
+    """Figures of the gate's choices by language and task on these prompts; the same numbers, for gate.json.
+
+    Raises:
+        ValueError: a layer that the model does not have.
+    """
     rows: list[Row] = []
     tasks: list[str] = []
     for file in args.data:
@@ -86,6 +93,7 @@ def inspect_inference(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def draw_plane(seen: GateChoices, languages: list[str], layer: int, path: Path) -> None:
+    """Two principal components of S, S W and E at one layer, by language."""
     kinds = {"S (target)": seen.source, "S W": seen.mapped, "E (English)": seen.english}
     kinds = {name: values[:, layer] for name, values in kinds.items() if values is not None}
     points, explained = principal_components(list(kinds.values()))

@@ -31,6 +31,7 @@ from cc_ds.plan.size import meta_model, read_config, size_of
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder with a config.json, or a name on the Hugging Face hub")
     parser.add_argument("--nodes", type=cli.positive, default=1)
@@ -59,6 +60,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Estimate each method, print, and write json on request."""
     args = parse(argv)
     if not 0 < args.efficiency <= 1 or args.lora_rank < 0:
         raise ValueError("--efficiency lies between 0 and 1, --lora-rank is 0 or more")

@@ -18,6 +18,11 @@ from cc_ds import cli
 
 
 def main() -> None:
+    """Register the model and hand over to the harness.
+
+    Raises:
+        ValueError: the harness is not installed.
+    """
     from cc_ds.dist.group import choose_accelerator
 
     choose_accelerator()

@@ -71,11 +71,13 @@ class Summary:
     """Other things a user would want to know, such as an English column that is probably misspelled."""
 
     def add_row(self, lang: str, with_english: bool) -> None:
+        """Count a row that is kept."""
         self.rows += 1
         self.rows_with_english += with_english
         self.rows_by_lang[lang] = self.rows_by_lang.get(lang, 0) + 1
 
     def add_bad(self, bad: BadRow) -> None:
+        """Count a row that is left out; the first ones are named."""
         if isinstance(bad, LongRow):
             self.skipped_long += 1
             return
@@ -96,6 +98,7 @@ class Summary:
         return self.text()
 
     def text(self) -> str:
+        """What was read, cut and left out, for a person."""
         langs = ", ".join(f"{lang} {count}" for lang, count in sorted(self.rows_by_lang.items()))
         lines = [f"{self.rows} rows, {self.rows_with_english} of them with English" + (f" ({langs})" if langs else "")]
         if self.prompts_cut or self.responses_cut or self.english_cut or self.skipped_long:
@@ -111,10 +114,12 @@ class Summary:
         return "\n".join(lines + [f"note: {note}" for note in self.notes])
 
     def to_json(self) -> str:
+        """For the cache beside the rows."""
         return json.dumps(asdict(self), ensure_ascii=False, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> Summary:
+        """What `to_json` wrote."""
         return cls(**json.loads(text))
 
 

@@ -85,6 +85,7 @@ class Fact:
 
     @property
     def key(self) -> str:
+        """The same in every language."""
         return f"{self.relation}:{self.country}"
 
 

@@ -34,6 +34,7 @@ class SkippingAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure=None):
+        """A step, or none where a gradient on any rank of the group is not finite; `overflow` says which."""
         parameters = [p for group in self.param_groups for p in group["params"]]
         self.overflow = not bool(_norm_of_gradients(parameters, self.ranks).isfinite())
         return None if self.overflow else super().step(closure)

@@ -197,11 +197,8 @@ cudaError_t backward(const Backward<T>& g, cudaStream_t stream) {
                 1, kThreads, bytes, stream, g);
 }
 
-#define CC_INSTANTIATE(T) template cudaError_t backward<T>(const Backward<T>&, cudaStream_t)
-CC_INSTANTIATE(float);
-CC_INSTANTIATE(double);
-CC_INSTANTIATE(c10::BFloat16);
-CC_INSTANTIATE(c10::Half);
+#define CC_INSTANTIATE(T) template cudaError_t backward<T>(const Backward<T>&, cudaStream_t);
+CC_FOR_EACH_DTYPE(CC_INSTANTIATE)
 #undef CC_INSTANTIATE
 
 }  // namespace cc_ds::cuda

@@ -147,4 +147,7 @@ cudaError_t launch(void (*kernel)(Arguments), int64_t blocks_x, int64_t blocks_y
 }
 
 }  // namespace
+// What the kernels are compiled for.
+#define CC_FOR_EACH_DTYPE(F) F(float) F(double) F(c10::BFloat16) F(c10::Half)
+
 }  // namespace cc_ds::cuda

@@ -172,11 +172,8 @@ cudaError_t forward(const Forward<T>& f, cudaStream_t stream) {
                 fuse_bytes, stream, f);
 }
 
-#define CC_INSTANTIATE(T) template cudaError_t forward<T>(const Forward<T>&, cudaStream_t)
-CC_INSTANTIATE(float);
-CC_INSTANTIATE(double);
-CC_INSTANTIATE(c10::BFloat16);
-CC_INSTANTIATE(c10::Half);
+#define CC_INSTANTIATE(T) template cudaError_t forward<T>(const Forward<T>&, cudaStream_t);
+CC_FOR_EACH_DTYPE(CC_INSTANTIATE)
 #undef CC_INSTANTIATE
 
 }  // namespace cc_ds::cuda
