@@ -4,7 +4,7 @@ imported everything: a case costs seconds, not the imports.
 python tests/dist/forked.py cases.json      # [{"ranks": 2, "command": ["--output_dir", ...], "rows": FOLDER}, ...]
 
 With "rows", rank N of the case appends its rows of each step to FOLDER/N.jsonl: {"position": rows dealt to all ranks so
-far, "rows": [...]}.
+far, "rows": [...]}; of the ranks of a tensor group, which read the same, the first alone.
 A case that fails ends the whole.
 """
 
@@ -30,6 +30,8 @@ def record_rows(file: Path) -> None:
 
     def recorded(self):
         step = next_step(self)
+        if self.group.tensor_rank:
+            return step
         line = {"position": self.stream.position, "rows": step.sources}
         with open(file, "a", encoding="utf-8") as sink:
             sink.write(json.dumps(line) + "\n")

@@ -11,30 +11,38 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from .conftest import launch, torchrun
+from .conftest import launch
+
+LAYOUTS = ("2x1", "2x2")
+"""Data-parallel x tensor-parallel."""
 
 
 @pytest.fixture(scope="module")
 def runs(base_command, tmp_path_factory):
-    """Two ranks, bf16, ZeRO 2 and 3, everything partitioned."""
+    """bf16, ZeRO 2 and 3, everything partitioned."""
     folder = tmp_path_factory.mktemp("checkpoints")
-    commands = []
+    cases = []
     for stage in (2, 3):
         config = folder / f"zero{stage}.json"
         zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
         config.write_text(json.dumps({"zero_optimization": zero, "bf16": {"enabled": "auto"}}), encoding="utf-8")
-        commands.append([
-            *base_command, "--output_dir", str(folder / str(stage)), "--max_steps", "3", "--save_steps", "3", "--bf16",
-            "true", "--deepspeed", str(config), "--per_device_train_batch_size", "2",
-        ])  # fmt: skip
-    (folder / "commands.json").write_text(json.dumps(commands), encoding="utf-8")
-    torchrun("tests/dist/worker.py", str(folder / "commands.json"))
+        for layout in LAYOUTS:
+            data_size, tensor_size = map(int, layout.split("x"))
+            command = [
+                *base_command, "--output_dir", str(folder / f"{stage}-{layout}"), "--max_steps", "3", "--save_steps", "3",
+                "--bf16", "true", "--deepspeed", str(config), "--per_device_train_batch_size", "2",
+                "--tensor_parallel_size", str(tensor_size),
+            ]  # fmt: skip
+            cases.append({"ranks": data_size * tensor_size, "command": command})
+    (folder / "cases.json").write_text(json.dumps(cases), encoding="utf-8")
+    launch([sys.executable, "tests/dist/forked.py", str(folder / "cases.json")])
     return folder
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("stage", [2, 3])
-def test_as_the_run_itself(runs, stage, tmp_path):
-    run, out = runs / str(stage), tmp_path / "out"
+def test_as_the_run_itself(runs, stage, layout, tmp_path):
+    run, out = runs / f"{stage}-{layout}", tmp_path / "out"
     checkpoint = ["--checkpoint", str(run / "checkpoint-000003"), "--output", str(out)]
     launch([sys.executable, "tools/export.py", *checkpoint, "--max_shard_gb", "0.00001"])
     assert len(list(out.glob("model-*.safetensors"))) > 3

@@ -177,7 +177,7 @@ def test_a_corrupt_file_in_the_data(run, undisturbed, rows_file, tmp_path):
     torn = "\n".join([*lines[:12], lines[12][:20], *lines[13:]]) + "\n"
     (tmp_path / "rows.jsonl").write_text(torn, encoding="utf-8")
     ended = run.to_end()
-    assert ended.code != 0 and "rows.jsonl:13" in ended.text
+    assert ended.code != 0 and "rows.jsonl, line 13, column 21: broken JSON" in ended.text
     assert run.kept() == [8] and run.state()["state"] == "error"
     shutil.copy(rows_file, tmp_path / "rows.jsonl")
     goes_on_as_if_nothing_had_happened(run, undisturbed, from_step=8)

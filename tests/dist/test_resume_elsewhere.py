@@ -1,4 +1,5 @@
-"""A run that goes on with more or fewer ranks ends as the one that was never stopped, and deals the same rows.
+"""A run that goes on with more or fewer ranks, or another tensor-parallel size, ends as the one that was never stopped,
+and deals the same rows.
 
 Dropout is off: it is drawn by rank.
 """
@@ -18,18 +19,21 @@ from .conftest import launch, read_metrics
 # 24 rows, 8 a step: 3 steps an epoch, 6 in all; step 2 is the middle of epoch 1
 STOP, STEPS, ROWS = 2, 6, 8
 slow = pytest.mark.slow
+# ZeRO stage, layout before, layout after: data-parallel ranks, or data-parallel x tensor-parallel
 CASES = [
-    pytest.param(3, 2, 1),
-    pytest.param(2, 2, 4, marks=slow),
-    pytest.param(3, 4, 2, marks=slow),
-    pytest.param(3, 2, 4, marks=slow),
-    pytest.param(2, 2, 1, marks=slow),
-    pytest.param(2, 4, 2, marks=slow),
-    pytest.param(1, 2, 1, marks=slow),
-    pytest.param(1, 2, 4, marks=slow),
-    pytest.param(1, 4, 2, marks=slow),
-    pytest.param(0, 2, 1, marks=slow),
-    pytest.param(0, 2, 4, marks=slow),
+    pytest.param(3, "2", "1"),
+    pytest.param(2, "2", "4", marks=slow),
+    pytest.param(3, "4", "2", marks=slow),
+    pytest.param(3, "2", "4", marks=slow),
+    pytest.param(2, "2", "1", marks=slow),
+    pytest.param(2, "4", "2", marks=slow),
+    pytest.param(1, "2", "1", marks=slow),
+    pytest.param(1, "2", "4", marks=slow),
+    pytest.param(1, "4", "2", marks=slow),
+    pytest.param(0, "2", "1", marks=slow),
+    pytest.param(0, "2", "4", marks=slow),
+    *(pytest.param(stage, *layouts, marks=slow) for stage in (1, 2, 3) for layouts in (("1x2", "1"), ("2", "2x2"))),
+    pytest.param(3, "2x2", "2", marks=slow),
 ]
 
 
@@ -47,13 +51,25 @@ def runs(base_command, request, tmp_path_factory) -> Path:
         stage, before, after = case["stage"], case["before"], case["after"]
         run = folder / f"{stage}-{before}-{after}"
         command = [*common, "--output_dir", str(run), "--deepspeed", zero(folder, stage)]
-        stopped = ["--stop_after_steps", str(STOP), "--gradient_accumulation_steps", str(ROWS // before)]
-        cases.append({"ranks": before, "command": [*command, *stopped], "rows": f"{run}-before"})
+        share = ["--gradient_accumulation_steps", str(ROWS // sizes(before)[0])]
+        stopped = [*share, "--stop_after_steps", str(STOP)]
         resumed = ["--resume_from_checkpoint", "latest"]
-        cases.append({"ranks": after, "command": [*command, *resumed], "rows": f"{run}-after"})
+        if sizes(before)[0] == sizes(after)[0]:  # the run itself changes the accumulation only where the ranks changed
+            resumed += share
+        for name, layout, more in (("before", before, stopped), ("after", after, resumed)):
+            data_size, tensor_size = sizes(layout)
+            split = ["--tensor_parallel_size", str(tensor_size)]
+            cases.append({"ranks": data_size * tensor_size, "command": [*command, *more, *split],
+                          "rows": f"{run}-{name}"})  # fmt: skip
     (folder / "cases.json").write_text(json.dumps(cases), encoding="utf-8")
     launch([sys.executable, "tests/dist/forked.py", str(folder / "cases.json")], timeout=60 + 20 * len(cases))
     return folder
+
+
+def sizes(layout: str) -> tuple[int, int]:
+    """Data-parallel and tensor-parallel."""
+    data_size, _, tensor_size = layout.partition("x")
+    return int(data_size), int(tensor_size or 1)
 
 
 def zero(folder: Path, stage: int) -> str:
