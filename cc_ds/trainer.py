@@ -23,7 +23,7 @@ from cc_ds.checkpoint import save_checkpoint
 from cc_ds.config import Config
 from cc_ds.connection.decision import mix
 from cc_ds.data.packing import Packed, pack
-from cc_ds.dist.engine import grad_norm
+from cc_ds.dist.engine import begin_another_backward, grad_norm
 from cc_ds.dist.group import Group
 from cc_ds.dist.signals import Request, Requests
 from cc_ds.dist.watchdog import Watchdog
@@ -59,6 +59,7 @@ class EnglishPass:
         """Hand the gradient that the micro-batches left on E down through the English pass."""
         # A scalar whose gradient at E is the one that was left there.
         surrogate = (self.whole_LUH * self.activations.grad).sum()
+        begin_another_backward(self.engine)
         with self.orders.of("english backward", forward=False):
             self.engine.backward(surrogate, scale_wrt_gas=False)
 

@@ -30,12 +30,15 @@ def _cases() -> list[dict]:
     others = [{"stage": stage, "english_grad": True, "checkpointing": False, "method": "cc"} for stage in (0, 2)]
     dropout = three[0] | {"english_dropout": 0.5}
     budgets = [others[0] | {"stage": stage, "max_tokens": 16} for stage in (0, 2, 3)]
-    return [*three, *others, dropout, *budgets, {"stage": 3, "english_grad": True, "checkpointing": True, "method": "sft"}]
+    # with one micro-batch, no forward stands between its backward and the English one
+    single = [others[0] | {"stage": stage, "accumulation": 1} for stage in (0, 1, 2, 3)]
+    return [*three, *others, dropout, *single, *budgets, {"stage": 3, "english_grad": True, "checkpointing": True, "method": "sft"}]
 
 
 def _settings(case: dict) -> Settings:
-    same = {key: value for key, value in case.items() if key not in ("stage", "checkpointing", "max_tokens")}
-    return Settings(batch_size=ROWS_PER_RANK * 2 * ACCUMULATION, **same)
+    apart = ("stage", "checkpointing", "max_tokens", "accumulation")
+    same = {key: value for key, value in case.items() if key not in apart}
+    return Settings(batch_size=ROWS_PER_RANK * 2 * case.get("accumulation", ACCUMULATION), **same)
 
 
 def _name(case: dict) -> str:
@@ -55,7 +58,7 @@ def sharded_runs(base_command, tmp_path_factory):
         commands.append([
             *base_command, *_settings(case).options(), "--output_dir", str(folder / _name(case)), "--deepspeed",
             str(config), "--per_device_train_batch_size", str(ROWS_PER_RANK), "--gradient_accumulation_steps",
-            str(ACCUMULATION), "--gradient_checkpointing", str(case["checkpointing"]), "--max_tokens_per_micro_batch", str(case.get("max_tokens", 0)),
+            str(case.get("accumulation", ACCUMULATION)), "--gradient_checkpointing", str(case["checkpointing"]), "--max_tokens_per_micro_batch", str(case.get("max_tokens", 0)),
         ])  # fmt: skip
     (folder / "commands.json").write_text(json.dumps(commands), encoding="utf-8")
     torchrun("tests/dist/worker.py", str(folder / "commands.json"))
