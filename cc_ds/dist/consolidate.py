@@ -11,13 +11,17 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+MASTER, STATES = "fp32", ("fp32", "exp_avg", "exp_avg_sq")
+"""A trained parameter's float32 weight, and all that Adam keeps of it, in DeepSpeed's words."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +44,36 @@ def stored_tensors(engine_folder: str | Path) -> list[StoredTensor]:
         ValueError: not a checkpoint of DeepSpeed, one of a layout that is not known here, or one with files missing.
     """
     folder = Path(engine_folder)
+    ranks, split = _read(folder)
+    if ranks[0].optimizers:
+        return _trained(folder, ranks, split, MASTER) + _frozen_and_buffers(ranks, split)
+    whole = [_whole(rank.models[0]["module"]) for rank in ranks]
+    return whole[0] if split is None else [split.joined(parts) for parts in zip(*whole, strict=True)]
+
+
+def trained_states(engine_folder: str | Path) -> Iterator[tuple[str, dict[str, StoredTensor]]]:
+    """Of a ZeRO-3 checkpoint, each trained parameter's master weight and both moments, by the names in STATES.
+
+    Raises:
+        ValueError: as `stored_tensors`.
+    """
+    folder = Path(engine_folder)
+    ranks, split = _read(folder)
+    for tensors in zip(*(_trained(folder, ranks, split, state) for state in STATES), strict=True):
+        yield tensors[0].name, dict(zip(STATES, tensors, strict=True))
+
+
+def common_optimizer_state(engine_folder: str | Path) -> dict[str, Any]:
+    """What the optimiser files of a ZeRO-3 checkpoint say alike: groups, step, loss scale; without the tensors."""
+    ranks, _ = _read(Path(engine_folder))
+    whole = ranks[0].optimizers[0]
+    inner = whole["optimizer_state_dict"]
+    step = {0: {"step": inner["state"][0]["step"]}}
+    common = {key: value for key, value in whole.items() if key != "fp32_flat_groups"}
+    return common | {"param_groups": inner["param_groups"], "optimizer_state_dict": inner | {"state": step}}
+
+
+def _read(folder: Path) -> tuple[list[_TensorRank], _Split | None]:
     numbers = sorted({_tensor_rank(file) for file in folder.glob("*mp_rank_*_model_states.pt")})
     if not numbers:
         raise ValueError(f"{folder}: no *_model_states.pt there; name a checkpoint-N folder")
@@ -47,10 +81,7 @@ def stored_tensors(engine_folder: str | Path) -> list[StoredTensor]:
         raise ValueError(f"{folder}: files of tensor ranks {numbers} alone; take another checkpoint")
     ranks = [_TensorRank.of(folder, number) for number in numbers]
     split = _Split(ranks[0].models[0]) if len(ranks) > 1 else None
-    if ranks[0].flats:
-        return _sliced(folder, ranks, split)
-    whole = [_whole(rank.models[0]["module"]) for rank in ranks]
-    return whole[0] if split is None else [split.joined(parts) for parts in zip(*whole, strict=True)]
+    return ranks, split
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +90,8 @@ class _TensorRank:
 
     models: list[dict[str, Any]]
     """Of each data-parallel rank under ZeRO-3, else one."""
-    flats: list[_Flat]
-    """The master weights of each data-parallel rank under ZeRO-3, else none."""
+    optimizers: list[dict[str, Any]]
+    """The optimiser's state of each data-parallel rank under ZeRO-3, else none."""
 
     @classmethod
     def of(cls, folder: Path, number: int) -> _TensorRank:
@@ -72,7 +103,14 @@ class _TensorRank:
         ranks = optimizers[0]["partition_count"] if optimizers else 0
         if not len(optimizers) == len(sliced) == ranks:
             raise ValueError(f"{folder}: {len(sliced)} model and {len(optimizers)} optimiser files of {ranks} ranks")
-        return cls([_load(file) for file in sliced], [_Flat(each["fp32_flat_groups"]) for each in optimizers])
+        return cls([_load(file) for file in sliced], optimizers)
+
+    def flats(self, state: str) -> list[_Flat]:
+        """One state of all trained parameters, flat, of each data-parallel rank."""
+        if state == MASTER:
+            return [_Flat(optimizer["fp32_flat_groups"]) for optimizer in self.optimizers]
+        groups = (optimizer["optimizer_state_dict"]["state"] for optimizer in self.optimizers)
+        return [_Flat([group[number][state] for number in sorted(group)]) for group in groups]
 
 
 class _Split:
@@ -114,51 +152,64 @@ def _whole(module: dict[str, Tensor]) -> list[StoredTensor]:
     return result
 
 
-def _sliced(folder: Path, ranks: list[_TensorRank], split: _Split | None) -> list[StoredTensor]:
-    """ZeRO-3: a parameter's slices lie in the files of the data-parallel ranks; of one that tensor parallelism leaves
-    whole, in those of all ranks, as the model was partitioned over them all before it was split."""
-    # [data rank][tensor rank]: the order of the ranks in the run
-    everyone = list(zip(*(rank.flats for rank in ranks), strict=True))
-    models = list(zip(*(rank.models for rank in ranks), strict=True))
+def _trained(folder: Path, ranks: list[_TensorRank], split: _Split | None, state: str) -> list[StoredTensor]:
+    """ZeRO-3: slice after slice of all trained parameters lies in one flat tensor of each rank."""
+    flats = list(zip(*(rank.flats(state) for rank in ranks), strict=True))
     result, offsets = [], [0] * len(ranks)
-
-    def add(name: str, shapes: list[torch.Size], slices: Callable[[int, int, int], Callable[[], Tensor]]) -> None:
-        """`slices(data rank, tensor rank, size)` reads a slice of so many elements."""
-        if split is not None and split.leaves_whole(name):
-            size = math.ceil(shapes[0].numel() / (len(ranks) * len(everyone)))
-            order = [(data, tensor) for data in range(len(everyone)) for tensor in range(len(ranks))]
-            result.append(_joined(name, shapes[0], [slices(*where, size) for where in order]))
-            sizes = [size] * len(ranks)
-        else:
-            sizes = [math.ceil(shape.numel() / len(everyone)) for shape in shapes]
-            parts = tuple(
-                _joined(name, shape, [slices(data, tensor, sizes[tensor]) for data in range(len(everyone))])
-                for tensor, shape in enumerate(shapes)
-            )
-            result.append(parts[0] if split is None else split.joined(parts))
-        for tensor, size in enumerate(sizes):
-            offsets[tensor] += size
-
-    def trained(data: int, tensor: int, size: int) -> Callable[[], Tensor]:
-        flat, offset = everyone[data][tensor], offsets[tensor]
-        return lambda: flat.read(offset, size)
-
     for groups in zip(*(rank.models[0]["param_shapes"] for rank in ranks), strict=True):
         for name in groups[0]:
-            add(name, [group[name] for group in groups], trained)
-    if any(flat.size < offset for rank, offset in zip(ranks, offsets, strict=True) for flat in rank.flats):
+            starts = tuple(offsets)
+
+            def read(data: int, tensor: int, size: int, starts: tuple[int, ...] = starts) -> Tensor:
+                return flats[data][tensor].read(starts[tensor], size)
+
+            parameter, sizes = _sliced(name, [group[name] for group in groups], len(flats), split, read)
+            result.append(parameter)
+            offsets = [offset + size for offset, size in zip(offsets, sizes, strict=True)]
+    if any(flat.size < offset for row in flats for flat, offset in zip(row, offsets, strict=True)):
         raise ValueError(f"{folder}: the optimiser files are too short for the parameters; a damaged checkpoint")
-    first = ranks[0].models[0]
+    return result
+
+
+def _frozen_and_buffers(ranks: list[_TensorRank], split: _Split | None) -> list[StoredTensor]:
+    """ZeRO-3: what is not trained lies in the model files, frozen parameters in slices, buffers whole."""
+    result, first = [], ranks[0].models[0]
     for name in first["frozen_param_shapes"] or {}:
 
-        def frozen(data: int, tensor: int, size: int, name: str = name) -> Callable[[], Tensor]:
-            return lambda: models[data][tensor]["frozen_param_fragments"][name].flatten()
+        def read(data: int, tensor: int, size: int, name: str = name) -> Tensor:
+            return ranks[tensor].models[data]["frozen_param_fragments"][name].flatten()
 
-        add(name, [rank.models[0]["frozen_param_shapes"][name] for rank in ranks], frozen)
+        shapes = [rank.models[0]["frozen_param_shapes"][name] for rank in ranks]
+        result.append(_sliced(name, shapes, len(ranks[0].models), split, read)[0])
     for name in first["buffer_names"]:
         buffer = first["module"][name]
         result.append(StoredTensor(name, tuple(buffer.shape), lambda buffer=buffer: buffer.clone()))
     return result
+
+
+def _sliced(
+    name: str, shapes: list[torch.Size], data_size: int, split: _Split | None, read: Callable[[int, int, int], Tensor]
+) -> tuple[StoredTensor, list[int]]:
+    """A parameter of its slices, and how large a slice is on each tensor rank.
+
+    Slices lie with the data-parallel ranks; of a parameter that tensor parallelism leaves whole, with all ranks, as
+    the model is partitioned over them all before it is split.
+
+    Args:
+        shapes: what each tensor rank has of it.
+        read: (data rank, tensor rank, size) -> the slice.
+    """
+    if split is not None and split.leaves_whole(name):
+        size = math.ceil(shapes[0].numel() / (len(shapes) * data_size))
+        order = [(data, tensor) for data in range(data_size) for tensor in range(len(shapes))]
+        parts = [lambda d=data, t=tensor: read(d, t, size) for data, tensor in order]
+        return _joined(name, shapes[0], parts), [size] * len(shapes)
+    sizes = [math.ceil(shape.numel() / data_size) for shape in shapes]
+    of_ranks = [
+        _joined(name, shape, [lambda d=data, t=tensor: read(d, t, sizes[t]) for data in range(data_size)])
+        for tensor, shape in enumerate(shapes)
+    ]
+    return of_ranks[0] if split is None else split.joined(tuple(of_ranks)), sizes
 
 
 def _joined(name: str, shape: torch.Size, slices: list[Callable[[], Tensor]]) -> StoredTensor:

@@ -1,18 +1,24 @@
 """DeepSpeed's universal checkpoints: what a checkpoint becomes when other ranks than those that wrote it go on from it.
 
-An engine's own files hold slices cut for its ranks. DeepSpeed's converter joins them into one folder per parameter
-(float32 weight and both moments), from which an engine of any number of ranks, tensor-parallel ones included, cuts its
-own. The converter runs in a process of its own: it forks workers, which a process with a GPU and open connections
-should not, and its memory goes with it.
+An engine's own files hold slices cut for its ranks. They are joined into one folder per parameter (float32 weight and
+both moments), from which an engine of any number of ranks, tensor-parallel ones included, cuts its own. ZeRO 1 and 2:
+by DeepSpeed's converter, in a process of its own: it forks workers, which a process with a GPU and open connections
+should not, and its memory goes with it. ZeRO-3: by consolidate.py, one parameter after another, because DeepSpeed's
+converter (0.19.8) takes what tensor parallelism leaves whole to be partitioned over the data-parallel ranks alone.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
+
+from cc_ds.dist.consolidate import common_optimizer_state, trained_states
 
 # Fragments, then whole parameters beside them: 12 bytes a parameter each. The files that hold optimiser slices have
 # those 12 bytes too, so this many times the source is enough.
@@ -47,11 +53,30 @@ class Layout:
 
 
 def convert(engine_folder: Path, output: Path) -> None:
-    """Write `engine_folder` as a universal checkpoint into `output`, made by the converter. Runs for minutes to hours.
+    """Write `engine_folder` as a universal checkpoint into `output`. Runs for minutes to hours.
 
     Raises:
-        OSError: the converter failed; its last words are the message.
+        OSError: no room, or the converter failed; its last words are the message.
+        ValueError: files that can't be read.
     """
+    if any(engine_folder.glob("zero_pp_rank_*_model_states.pt")):
+        _join_zero3(engine_folder, output)
+    else:
+        _run_converter(engine_folder, output)
+
+
+def _join_zero3(engine_folder: Path, output: Path) -> None:
+    for name, states in trained_states(engine_folder):
+        folder = output / "zero" / name
+        folder.mkdir(parents=True)
+        for state, tensor in states.items():
+            torch.save({"param": tensor.read()}, folder / f"{state}.pt")
+    torch.save(common_optimizer_state(engine_folder), output / "zero" / "optimizer_state.pt")
+    for file in engine_folder.glob("zero_pp_rank_0_mp_rank_*_model_states.pt"):
+        shutil.copy(file, output)
+
+
+def _run_converter(engine_folder: Path, output: Path) -> None:
     workers = _workers(engine_folder)
     command = [
         sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--input_folder", str(engine_folder),
