@@ -23,7 +23,7 @@ from cc_ds.checkpoint import save_checkpoint
 from cc_ds.config import Config
 from cc_ds.connection.decision import mix
 from cc_ds.data.packing import Packed, pack
-from cc_ds.dist.engine import begin_another_backward, grad_norm
+from cc_ds.dist.engine import begin_backward, grad_norm
 from cc_ds.dist.group import Group
 from cc_ds.dist.signals import Request, Requests
 from cc_ds.dist.watchdog import Watchdog
@@ -59,7 +59,7 @@ class EnglishPass:
         """Hand the gradient that the micro-batches left on E down through the English pass."""
         # A scalar whose gradient at E is the one that was left there.
         surrogate = (self.whole_LUH * self.activations.grad).sum()
-        begin_another_backward(self.engine)
+        begin_backward(self.engine, last=True, after_forward=False)
         with self.orders.of("english backward", forward=False):
             self.engine.backward(surrogate, scale_wrt_gas=False)
 
@@ -109,7 +109,6 @@ class Trainer:
         losses = []
         for number, (batch, noise) in enumerate(step.micro_batches, start=1):
             last = number == len(step.micro_batches) and not english.needs_backward
-            engine.set_gradient_accumulation_boundary(last)
             output = engine(
                 packed=batch,
                 english_activations=english.activations,
@@ -117,11 +116,11 @@ class Trainer:
                 num_items_in_batch=target_tokens,
             )
             losses.append(output.loss.detach())
+            begin_backward(engine, last)
             # The engine averages gradients over the ranks; ours is a sum over them.
             engine.backward(poison_if_not_finite(output.loss) * ranks, scale_wrt_gas=False)
             self.window.add_batch(output, batch)
         if english.needs_backward:
-            engine.set_gradient_accumulation_boundary(True)
             english.backward()
         if self._logs_after_this_step():
             self.grad_norm = grad_norm(engine, self.group)

@@ -83,6 +83,9 @@ def engine_config(train: TrainConfig, hidden_size: int) -> dict[str, Any]:
         # bf16 at stage 0 is off by 1.2e-2 after a few steps (DeepSpeed 0.19.8 takes a dummy Adam step at the start);
         # stage 1 keeps the same weights on every rank and agrees with a float32-master reference within 7e-4.
         zero["stage"] = 1
+    # From ZeRO 2 on, step() ends the accumulation. Left to the last backward, which is the English one, an offloaded
+    # optimiser would get no gradient of what that does not reach, the LM head for one.
+    config["managed_gradient_accumulation"] = zero.get("stage", 0) < 2
     config.setdefault("zero_force_ds_cpu_optimizer", False)  # torch's AdamW also where the optimiser is offloaded
     config.setdefault("steps_per_print", 2**31)
     return config
@@ -172,15 +175,19 @@ def build_engine(model: nn.Module, config: dict[str, Any], train: TrainConfig, t
     return engine
 
 
-def begin_another_backward(engine) -> None:
-    """Tell ZeRO that the backward to come is not a later phase of the one before.
+def begin_backward(engine, last: bool, after_forward: bool = True) -> None:
+    """Before each backward of a step.
 
-    It says so to itself in every forward. Without one in between, the second backward of a step replaces the gradients
-    that the first left, under ZeRO-3 (DeepSpeed 0.19.8), rather than adding to them.
+    Args:
+        last: of the step. Below ZeRO 2 the ranks reduce their gradients in it.
+        after_forward: whether a forward stands between this backward and the one before. ZeRO takes a backward without
+            one for a later phase of the one before, and at stage 3 (DeepSpeed 0.19.8) replaces the gradients which that
+            one left, rather than adding to them.
     """
-    clear = getattr(engine.optimizer, "clear_backward_seen_flag", None)
-    if clear is not None:  # a ZeRO optimiser
-        clear()
+    if engine.managed_gradient_accumulation():
+        engine.set_gradient_accumulation_boundary(last)
+    if not after_forward and hasattr(engine.optimizer, "clear_backward_seen_flag"):  # of a ZeRO optimiser
+        engine.optimizer.clear_backward_seen_flag()
 
 
 def grad_norm(engine, group: Group) -> float | torch.Tensor:

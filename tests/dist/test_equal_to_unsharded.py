@@ -32,11 +32,17 @@ def _cases() -> list[dict]:
     budgets = [others[0] | {"stage": stage, "max_tokens": 16} for stage in (0, 2, 3)]
     # with one micro-batch, no forward stands between its backward and the English one
     single = [others[0] | {"stage": stage, "accumulation": 1} for stage in (0, 1, 2, 3)]
-    return [*three, *others, dropout, *single, *budgets, {"stage": 3, "english_grad": True, "checkpointing": True, "method": "sft"}]
+    # the English backward, the last, does not reach the LM head
+    offload = [
+        others[0] | {"stage": stage, "accumulation": accumulation, "offload": True}
+        for stage in (1, 2, 3)
+        for accumulation in (1, 2)
+    ]
+    return [*three, *others, dropout, *single, *offload, *budgets, {"stage": 3, "english_grad": True, "checkpointing": True, "method": "sft"}]
 
 
 def _settings(case: dict) -> Settings:
-    apart = ("stage", "checkpointing", "max_tokens", "accumulation")
+    apart = ("stage", "checkpointing", "max_tokens", "accumulation", "offload")
     same = {key: value for key, value in case.items() if key not in apart}
     return Settings(batch_size=ROWS_PER_RANK * 2 * case.get("accumulation", ACCUMULATION), **same)
 
@@ -51,9 +57,10 @@ def sharded_runs(base_command, tmp_path_factory):
     folder = tmp_path_factory.mktemp("sharded")
     commands = []
     for case in _cases():
-        config = folder / f"zero{case['stage']}.json"
+        offload = {"offload_optimizer": {"device": "cpu"}} if case.get("offload") else {}
+        config = folder / f"zero{case['stage']}{'-offload' if offload else ''}.json"
         # No parameter is small enough to stay whole: everything is partitioned.
-        zero = {"stage": case["stage"], "stage3_param_persistence_threshold": 0}
+        zero = {"stage": case["stage"], "stage3_param_persistence_threshold": 0, **offload}
         config.write_text(json.dumps({"zero_optimization": zero}), encoding="utf-8")
         commands.append([
             *base_command, *_settings(case).options(), "--output_dir", str(folder / _name(case)), "--deepspeed",
