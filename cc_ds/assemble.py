@@ -83,8 +83,9 @@ def build_model(config: Config, group: Group) -> tuple[CCModelForCausalLM, dict[
     ds_config = engine_config(train, hf_config.hidden_size)
     if train.tensor_parallel_size > 1:
         check_tensor_parallel(concrete_class(hf_config), hf_config, ds_config)
-        for name in ("lora_rank", "use_liger_kernel"):
-            if getattr(model_config, name):
+        options = {name: getattr(model_config, name) for name in ("lora_rank", "use_liger_kernel")}
+        for name, value in (options | {"transform_share": config.cc.transform_share}).items():
+            if value:
                 raise ValueError(f"{name} does not go with tensor_parallel_size (docs/sharding.md): use ZeRO-3 alone")
     options: dict[str, Any] = {"trust_remote_code": model_config.trust_remote_code}
     # Training batches are packed: flash attention's variable-length kernels, or ours over SDPA.
@@ -108,6 +109,9 @@ def build_model(config: Config, group: Group) -> tuple[CCModelForCausalLM, dict[
         model.activation_checkpointing_enable()
     if train.method == "sft":
         model.decision_maker.requires_grad_(False)
+    if model.trained_transform is not None:
+        model.set_transform(None)  # one that came with the folder: the trained one starts from it and takes its place
+        model.trained_transform.requires_grad_(train.method == "cc")
     return model, ds_config
 
 

@@ -33,13 +33,19 @@ class CCConfig:
     english_dropout: float = 0.0
     """Chance that a training row's English prompt is left out, so that the row passes as plain SFT. Ours, not the
     paper's: a model that always has the real English prompt in training may come to need it."""
+    transform_share: float = 0.0
+    """Chance that a training row is connected as at inference: by S W, read from its own prompt, not by the English
+    one's E. W (H, H) is then trained with the model and saved as its Transform Matrix. Ours, not the paper's."""
     anchor: Literal["last_prompt_token"] = "last_prompt_token"
     """Which prompt token the activations are taken at and fused into."""
 
     def __post_init__(self) -> None:
         _require(self.fuse_layer >= 0, "fuse_layer", self.fuse_layer, "0 or more")
         _require(self.temperature > 0, "temperature", self.temperature, "positive")
-        _require(0 <= self.english_dropout <= 1, "english_dropout", self.english_dropout, "between 0 and 1")
+        for name in ("english_dropout", "transform_share"):
+            _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "between 0 and 1")
+        both = self.english_dropout + self.transform_share
+        _require(both <= 1, "english_dropout + transform_share", both, "at most 1")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -27,6 +27,8 @@ from cc_ds.models.lora import lora_scale, merged_when_read
 
 CONNECTION_FILE = "cc_connection.safetensors"
 CONFIG_FILE = "cc_config.json"
+CONNECTION_TENSORS = ("decision_maker.weight", "trained_transform.weight")
+"""What a state dict holds of the connection; the second only with CCConfig.transform_share."""
 LORA_FILE = "cc_lora.json"
 
 
@@ -113,6 +115,11 @@ def apply_connection(model, stored: StoredConnection) -> None:
             )
         with gathered([weight], modify=True), torch.no_grad():
             weight.copy_(stored.decision_maker)
+    if model.trained_transform is not None:
+        weight = model.trained_transform.weight
+        shared = stored.transform is not None and stored.transform.scope == "shared"
+        with gathered([weight], modify=True):
+            model.trained_transform.start_from(stored.transform.matrix if shared else None)
     if stored.transform is not None:
         try:
             model.set_transform(stored.transform)
@@ -121,12 +128,18 @@ def apply_connection(model, stored: StoredConnection) -> None:
 
 
 def write_connection(
-    folder: str | Path, cc_config: CCConfig, decision_maker: Tensor, transform: Transform | None
+    folder: str | Path,
+    cc_config: CCConfig,
+    decision_maker: Tensor,
+    trained_transform: Tensor | None,
+    transform: Transform | None,
 ) -> None:
-    """Write cc_config.json and cc_connection.safetensors."""
+    """Write cc_config.json and cc_connection.safetensors; a transform that was fitted counts before a trained one."""
     folder = Path(folder)
     tensors = {"decision_maker.weight": decision_maker.detach().cpu().contiguous()}
     metadata = {"format": "pt"}
+    if transform is None and trained_transform is not None:
+        transform = Transform([trained_transform.T])
     if transform is not None:
         fitted, described = transform.to_file()
         tensors |= fitted
@@ -178,12 +191,10 @@ def export_checkpoint(checkpoint: Path, folder: Path, max_shard_bytes: int) -> i
         tensors = merged_when_read(tensors, json.loads((description / LORA_FILE).read_text(encoding="utf-8"))["scale"])
     shutil.copytree(description, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(LORA_FILE))
 
-    decision_maker = [tensor for tensor in tensors if tensor.name == "decision_maker.weight"]
+    ours = {tensor.name: tensor.read().to(dtype) for tensor in tensors if tensor.name in CONNECTION_TENSORS}
     cc_config = from_dict(CCConfig, json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")), CONFIG_FILE)
-    write_connection(folder, cc_config, decision_maker[0].read().to(dtype), None)
-    shards = _plan_shards(
-        [tensor for tensor in tensors if tensor not in decision_maker], dtype.itemsize, max_shard_bytes
-    )
+    write_connection(folder, cc_config, *map(ours.get, CONNECTION_TENSORS), None)
+    shards = _plan_shards([tensor for tensor in tensors if tensor.name not in ours], dtype.itemsize, max_shard_bytes)
     names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     names = ["model.safetensors"] if len(shards) == 1 else names
     peak = 0

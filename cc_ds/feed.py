@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import Any
 
 from datasets import Dataset
@@ -44,6 +45,15 @@ class Step:
         return [source for batch, _ in self.micro_batches for source in batch.sources]
 
 
+class Reads(IntEnum):
+    """What a row's connection is read from."""
+
+    NOTHING = 0
+    ENGLISH = 1
+    OWN = 2
+    """Its own prompt, through the Transform Matrix."""
+
+
 class StepFeed:
     """An endless iterator over steps. One thread makes the next step while this one trains."""
 
@@ -53,7 +63,7 @@ class StepFeed:
         """Raises ValueError for rows longer than `max_tokens_per_micro_batch`."""
         train = config.train
         self.group, self.train, self.pad_token_id, self.num_layers = group, train, pad_token_id, num_layers
-        self.row_cost, self.english_dropout = row_cost, config.cc.english_dropout
+        self.row_cost, self.cc_config = row_cost, config.cc
         self.stream = BatchStream(rows, train.rows_per_step(group.data_size), seed=train.seed)
         self.lengths = RowLengths.of(rows)
         longest, limit = int(self.lengths.target.max()), train.max_tokens_per_micro_batch
@@ -96,10 +106,10 @@ class StepFeed:
     def _make(self, positions: range) -> Step:
         """This rank's part of the step that holds the rows at `positions`, on the host."""
         connect, seed = self.train.method == "cc", self.train.seed
-        reads_english = self._reads_english(positions) if connect else [False] * len(positions)
+        reads = self._reads(positions) if connect else [Reads.NOTHING] * len(positions)
         batches = []
-        for chosen in self._deal(positions, reads_english):
-            rows = [self._row(positions[number], reads_english[number]) for number in chosen]
+        for chosen in self._deal(positions, reads):
+            rows = [self._row(positions[number], reads[number]) for number in chosen]
             batch = pack(rows, self.pad_token_id, connect)
             noise = None
             if connect:
@@ -116,21 +126,25 @@ class StepFeed:
             english = None if english is None else english.pin_memory()
         return Step(batches, english, sum(len(batch.labels) for batch, _ in batches), english_tokens)
 
-    def _reads_english(self, positions: range) -> list[bool]:
-        """Whether each row's English prompt is read: it may have none, or it is left out at random."""
-        draws = uniform_at(positions, self.train.seed) if self.english_dropout else [1.0] * len(positions)
+    def _reads(self, positions: range) -> list[Reads]:
+        """What each row is connected to: a row without English to nothing, the others as they are drawn."""
+        dropped, own = self.cc_config.english_dropout, self.cc_config.transform_share
+        draws = uniform_at(positions, self.train.seed) if dropped or own else [1.0] * len(positions)
         return [
-            self.lengths.english[self.stream.index_at(position)] > 0 and draw >= self.english_dropout
+            Reads.NOTHING
+            if draw < dropped or not self.lengths.english[self.stream.index_at(position)]
+            else Reads.OWN
+            if draw < dropped + own
+            else Reads.ENGLISH
             for position, draw in zip(positions, draws, strict=True)
         ]
 
-    def _deal(self, positions: range, reads_english: list[bool]) -> list[list[int]]:
+    def _deal(self, positions: range, reads: list[Reads]) -> list[list[int]]:
         """This rank's micro-batches, as indices into `positions`."""
         indices = [self.stream.index_at(position) for position in positions]
         target = self.lengths.target[indices].tolist()
-        english = [
-            int(length) * reads for length, reads in zip(self.lengths.english[indices], reads_english, strict=True)
-        ]
+        lengths = zip(target, self.lengths.english[indices].tolist(), strict=True)
+        english = [(0, english, own)[which] for which, (own, english) in zip(reads, lengths, strict=True)]
         costs = [self.row_cost(*tokens) for tokens in zip(target, english, strict=True)]
         train = self.train
         dealt = deal(
@@ -138,6 +152,11 @@ class StepFeed:
         )
         return dealt[self.group.data_rank]
 
-    def _row(self, position: int, reads_english: bool) -> dict[str, Any]:
+    def _row(self, position: int, reads: Reads) -> dict[str, Any]:
         row = self.stream.dataset[self.stream.index_at(position)]
-        return row if reads_english else row | {"english_input_ids": []}
+        if reads is Reads.ENGLISH:
+            return row
+        if reads is Reads.NOTHING:
+            return row | {"english_input_ids": []}
+        prompt = row["input_ids"][: row["anchor"] + 1]
+        return row | {"english_input_ids": prompt, "english_anchor": row["anchor"], "own_prompt": True}

@@ -38,8 +38,14 @@ ARMS = {
     "cc": Arm("cc"),
     "cc-nograd": Arm("cc", options={"english_grad": "false"}),
     "cc-dropout": Arm("cc", options={"english_dropout": "0.5"}),
+    "cc-own": Arm("cc", options={"transform_share": "0.5"}),
+    "cc-soft": Arm("cc", options={"gate": "soft"}),
+    "cc-layer6": Arm("cc", options={"fuse_layer": "6"}),
 }
-TABLES = {"main": ("sft", "sft-english", "cc", "cc-nograd"), "dropout": ("sft", "cc", "cc-dropout")}
+TABLES = {
+    "main": ("sft", "sft-english", "cc", "cc-nograd"),
+    "improve": ("sft", "cc", "cc-dropout", "cc-own", "cc-soft", "cc-layer6"),
+}
 """Name -> arms; the first is what the others are compared with."""
 
 

@@ -9,6 +9,7 @@ Modes. E stands for the real English activations, S for the prompt's own, W for 
     none          no connection
     matrix        S W, the Decision Maker chooses the layer: how it is deployed
     per-layer     S W_l, a matrix for each layer
+    trained     S W, of the W that was trained with the model, where one was (transform_share)
     identity      S, as if W were the identity
     random        S W of a layer drawn for each row, instead of the Decision Maker's
     mean          the mean of S W over the layers, instead of one of them
@@ -31,8 +32,6 @@ from cc_ds import CCModelForCausalLM
 from cc_ds.data.templates import RenderedPrompt, Template
 from cc_ds.infer.prompts import length_batches, pad_prompts
 from cc_ds.transform.collect import anchor_activations
-
-MODES = ("none", "matrix", "per-layer", "identity", "random", "mean", "english")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,8 +60,8 @@ def ask(
     """The option that the model gives to each question, by mode.
 
     Args:
-        transforms: {"matrix": (H, H), "per-layer": (L, H, H)}; empty for a model without a connection, which is asked
-            in the mode "none" alone.
+        transforms: {"matrix": (H, H), "per-layer": (L, H, H)}, perhaps {"trained": (H, H)}; empty for a model without a
+            connection, which is asked in the mode "none" alone.
         seed: of the layers drawn in the mode "random".
     """
     model.eval()
@@ -72,7 +71,7 @@ def ask(
     generator = torch.Generator().manual_seed(seed)
     layers = model.config.num_hidden_layers
     drawn = torch.randint(layers, (len(questions),), generator=generator)
-    answers: dict[str, dict[int, str]] = {mode: {} for mode in (MODES if transforms else MODES[:1])}
+    answers: dict[str, dict[int, str]] = {}
     for numbers in length_batches([len(prompt.ids) for prompt in prompts], batch_size):
         rows = [questions[number] for number in numbers]
         read = _Read(model, [prompts[number] for number in numbers])
@@ -82,7 +81,7 @@ def ask(
             logits_BV = read.again(activations_LBH, connected)
             for number, row, logits_V in zip(numbers, rows, logits_BV, strict=True):
                 best = logits_V[first_tokens[row.options]].argmax()
-                answers[mode][number] = row.options[int(best)]
+                answers.setdefault(mode, {})[number] = row.options[int(best)]
     return {mode: [given[number] for number in range(len(questions))] for mode, given in answers.items()}
 
 
@@ -130,6 +129,8 @@ def _activations(
     by_matrix_LBH = source_LBH @ transforms["matrix"]
     yield "matrix", by_matrix_LBH, None
     yield "per-layer", source_LBH @ transforms["per-layer"], None
+    if "trained" in transforms:
+        yield "trained", source_LBH @ transforms["trained"], None
     yield "identity", source_LBH, None
     # Where all layers hold the same vector, that vector is fused, whatever the Decision Maker chooses.
     chosen_BH = by_matrix_LBH[drawn, torch.arange(batch)]

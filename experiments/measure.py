@@ -32,7 +32,7 @@ from cc_ds.transform.sample import sample_pairs
 from experiments.ask import Question, ask, correct
 
 RIDGES = (0.01, 0.1, 1.0)
-PAIRS, HELD_OUT = 1000, 0.1
+PAIRS, HELD_OUT = 500, 0.1
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -43,20 +43,20 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, required=True, help="json file for the result")
     args = parser.parse_args(argv)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    started = time.perf_counter()
     model, _, template = cli.load_model(args)
     transforms, fits = {}, None
     if args.method == "cc":
+        trained = model.transform
         transforms, fits = fit_matrices(model, template, args.data / "pairs.jsonl", args.batch_size, args.seed)
+        if trained is not None:  # CCConfig.transform_share
+            transforms["trained"] = trained.matrix
     tasks = {}
     for path in sorted((args.data / "ask").glob("*.jsonl")):
         questions = read_questions(path)
         answers = ask(model, template, questions, transforms, args.batch_size, args.seed)
         tasks[path.stem] = {"correct": correct(questions, answers), "given": _given(answers)}
-    seconds = time.perf_counter() - started
-    write_json(
-        {"tasks": tasks, "fit": fits, "measure_seconds": seconds, "training": _training(Path(args.model))}, args.output
-    )
+    result = {"tasks": tasks, "fit": fits, "measure_cpu_seconds": time.process_time()}
+    write_json(result | {"training": _training(Path(args.model))}, args.output)
 
 
 @torch.no_grad()

@@ -30,6 +30,8 @@ from cc_ds.config import read_yaml
 
 TARGETS = ("sw", "yo", "hi", "th", "tr", "ur", "vi", "id", "de")
 """Languages that are trained on."""
+LEFT_OUT = ("ar", "bn", "eu", "ru", "te", "zh")
+"""Languages that are asked about and not trained on; the wording has more, which would only take longer."""
 WORDING = Path(__file__).parent / "configs" / "wording.yaml"
 TOPICS = {
     "science/technology": "science",
@@ -51,12 +53,12 @@ def main(argv: list[str] | None = None) -> None:
         "--data", type=Path, default=Path("../shared/data"), help="folder with sib200, ntrex, benchmarks"
     )
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--benchmark_rows", type=cli.positive, default=50, help="per language (default 50)")
+    parser.add_argument("--benchmark_rows", type=cli.positive, default=20, help="per language (default 20)")
     args = parser.parse_args(argv)
     prepare(args.data, args.output, args.benchmark_rows)
 
 
-def prepare(data: Path, output: Path, benchmark_rows: int = 50) -> None:
+def prepare(data: Path, output: Path, benchmark_rows: int = 20) -> None:
     """Write every file into `output`.
 
     Raises:
@@ -64,7 +66,7 @@ def prepare(data: Path, output: Path, benchmark_rows: int = 50) -> None:
     """
     wording = read_yaml(str(WORDING))
     train = {lang: _sib(data, lang, "train") for lang in ("en", *TARGETS)}
-    dev = {lang: _sib(data, lang, "dev") for lang in wording}
+    dev = {lang: _sib(data, lang, "dev") for lang in ("en", *TARGETS, *LEFT_OUT)}
     _check_parallel(train)
     _check_parallel(dev)
     asked = {row["text"] for rows in dev.values() for row in rows}

@@ -62,11 +62,11 @@ def write_report(folder: Path, table: str, model: str, results: Results) -> Path
     write_json(
         {"settings": settings(model), "machine": machine, "runs": list(results)}, folder / f"{table}-{model}.json"
     )
-    hours = sum(r["train_seconds"] + r["measure_seconds"] for r in results) / 3600
+    hours = sum(r["train_cpu_seconds"] + r["measure_cpu_seconds"] for r in results) / 3600
     seeds = sorted({r["seed"] for r in results})
     text = "\n\n".join(
         [
-            f"# {table}, {model}: seeds {', '.join(map(str, seeds))}; {hours:.2f} process hours",
+            f"# {table}, {model}: seeds {', '.join(map(str, seeds))}; {hours:.2f} CPU hours",
             "Accuracy in percent, mean ± standard deviation over seeds.",
             _scores(results),
             f"Difference from {results[0]['arm']} in points, 95 % interval over items, * p < 0.05, ** p < 0.01; in "
@@ -74,7 +74,7 @@ def write_report(folder: Path, table: str, model: str, results: Results) -> Path
             _differences(results),
             "By language (SIB-200 dev).",
             _languages(results),
-            "Cost: seconds a run, mean over seeds.",
+            "Cost: CPU seconds a run, mean over seeds.",
             _costs(results),
         ]
     )
@@ -151,7 +151,7 @@ def _costs(results: Results) -> str:
     lines = []
     for arm in dict.fromkeys(r["arm"] for r in results):
         runs = _of(results, arm).values()
-        means = [statistics.mean(r[key] for r in runs) for key in ("train_seconds", "measure_seconds")]
+        means = [statistics.mean(r[key] for r in runs) for key in ("train_cpu_seconds", "measure_cpu_seconds")]
         lines.append([arm, *(f"{mean:.0f}" for mean in means)])
     return _markdown(["", "training", "matrices and questions"], lines)
 

@@ -17,8 +17,8 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,8 +113,9 @@ def run_one(places: Places, arm: str, seed: int, threads: int, max_steps: int | 
         options = train_options(arm, places.model, seed, places.data, places.start, run)
         options += ["--data_cache_dir", str(places.output / "cache")]
         options += [] if max_steps is None else ["--max_steps", str(max_steps)]
-        with _clock(run):
-            _python("cc_ds/train.py", *options, log_file=run / "train.log", threads=threads)
+        seconds = _python("cc_ds/train.py", *options, log_file=run / "train.log", threads=threads)
+        with open(run / "cpu_seconds.jsonl", "a", encoding="utf-8") as stream:  # one line per sitting
+            stream.write(f"{seconds:.1f}\n")
     log.info("%s, seed %d: asking", arm, seed)
     _python("experiments/measure.py", "--model", run, "--data", places.data, "--method", ARMS[arm].method, "--seed",
             seed, "--batch_size", 32, "--output", run / "result.json", log_file=run / "measure.log",
@@ -124,25 +125,11 @@ def run_one(places: Places, arm: str, seed: int, threads: int, max_steps: int | 
     log.info("%s, seed %d: done", arm, seed)
 
 
-class _clock:
-    """Adds the seconds of a training to its folder's seconds.jsonl, one line per sitting that was not killed."""
-
-    def __init__(self, run: Path) -> None:
-        self.path = run / "seconds.jsonl"
-
-    def __enter__(self) -> None:
-        self.started = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        with open(self.path, "a", encoding="utf-8") as stream:
-            stream.write(f"{time.perf_counter() - self.started:.1f}\n")
-
-
 def _result(places: Places, arm: str, seed: int) -> dict[str, Any]:
     run = places.run(arm, seed)
     result = json.loads((run / "result.json").read_text(encoding="utf-8"))
-    seconds = sum(map(float, (run / "seconds.jsonl").read_text(encoding="utf-8").split()))
-    return {"arm": arm, "seed": seed, "train_seconds": seconds} | result
+    seconds = sum(map(float, (run / "cpu_seconds.jsonl").read_text(encoding="utf-8").split()))
+    return {"arm": arm, "seed": seed, "train_cpu_seconds": seconds} | result
 
 
 def _state(run: Path) -> str | None:
@@ -150,19 +137,21 @@ def _state(run: Path) -> str | None:
     return json.loads(path.read_text(encoding="utf-8")).get("state") if path.is_file() else None
 
 
-def _python(script: str, *words: Any, log_file: Path | None = None, threads: int | None = None) -> None:
+def _python(script: str, *words: Any, log_file: Path | None = None, threads: int | None = None) -> float:
+    """Run a script of ours; the CPU seconds it took. Runs share the machine: seconds on the clock would say little."""
     environment = dict(os.environ)
     if threads is not None:
         environment["OMP_NUM_THREADS"] = str(threads)
     command = [sys.executable, str(REPO / script), *map(str, words)]
-    if log_file is None:
-        done = subprocess.run(command, env=environment)
-    else:
-        with open(log_file, "ab") as stream:
-            done = subprocess.run(command, env=environment, stdout=stream, stderr=subprocess.STDOUT)
-    if done.returncode:
+    with open(log_file, "ab") if log_file else nullcontext() as stream:
+        both = None if stream is None else subprocess.STDOUT
+        process = subprocess.Popen(command, env=environment, stdout=stream, stderr=both)
+        _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)  # Popen would wait for it again
+    if process.returncode:
         where = f"; see {log_file}" if log_file else ""
-        raise ValueError(f"{script} ended with code {done.returncode}{where}")
+        raise ValueError(f"{script} ended with code {process.returncode}{where}")
+    return usage.ru_utime + usage.ru_stime
 
 
 if __name__ == "__main__":

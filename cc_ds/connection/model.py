@@ -30,7 +30,7 @@ from cc_ds.config import CCConfig
 from cc_ds.connection.capture import FusePass, Hooks, Pass, ReadPass, flat_positions
 from cc_ds.connection.decision import DecisionMaker, gumbel_noise
 from cc_ds.connection.loss import labelled_loss
-from cc_ds.connection.transform import Transform
+from cc_ds.connection.transform import TrainedTransform, Transform
 from cc_ds.data.packing import Packed, PackedBatch
 from cc_ds.infer.generate import ENGLISH, connected_rows, fill_cache, generate_connected
 from cc_ds.models.arch import decoder_of, family_of
@@ -57,7 +57,7 @@ class CCOutput(CausalLMOutputWithPast):
 class CCModelForCausalLM:
     """What the connection adds to a stock causal LM. Make one with `from_pretrained` or `from_config`."""
 
-    _keys_to_ignore_on_load_missing: ClassVar[list[str]] = [r"decision_maker\."]
+    _keys_to_ignore_on_load_missing: ClassVar[list[str]] = [r"decision_maker\.", r"trained_transform\."]
 
     def __init__(self, config: PretrainedConfig, cc_config: CCConfig | None = None) -> None:
         super().__init__(config)
@@ -68,6 +68,7 @@ class CCModelForCausalLM:
             raise ValueError(f"fuse_layer is {self.cc_config.fuse_layer}, but the model has layers 0 to {layers - 1}")
         self.decision_maker = DecisionMaker(config.hidden_size, layers, self.cc_config)
         self._init_weights(self.decision_maker)
+        self.trained_transform = TrainedTransform(config.hidden_size) if self.cc_config.transform_share else None
         self.transform: Transform | None = None
         self.hooks = Hooks(self, self.family)
         self.prefill_pass: FusePass | None = None
@@ -125,11 +126,11 @@ class CCModelForCausalLM:
 
         `AutoModelForCausalLM.from_pretrained(folder)` loads it without a warning as the base model alone.
         """
-        state_dict = merged(self.state_dict() if state_dict is None else state_dict, self)
-        base = {name: tensor for name, tensor in state_dict.items() if not name.startswith("decision_maker.")}
-        super().save_pretrained(save_directory, state_dict=base, **kwargs)
+        state_dict = dict(merged(self.state_dict() if state_dict is None else state_dict, self))
+        ours = {name: state_dict.pop(name, None) for name in export.CONNECTION_TENSORS}
+        super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
         if kwargs.get("is_main_process", True):
-            export.write_connection(save_directory, self.cc_config, state_dict["decision_maker.weight"], self.transform)
+            export.write_connection(save_directory, self.cc_config, *ours.values(), self.transform)
 
     def set_transform(self, transform: Tensor | Transform | None) -> None:
         """Give the model its Transform Matrix; None removes it.
@@ -267,7 +268,12 @@ class CCModelForCausalLM:
             english_LUH = self._read_packed(packed.english)
         if english_LUH is not None:
             anchors = packed.target.anchors[packed.connected_rows]
-            current = self._fuse_pass(english_LUH[:, packed.english_of], anchors, packed.connected, noise)
+            english_LKH = english_LUH[:, packed.english_of]
+            if self.trained_transform is not None:
+                # Here and not in the English pass, so that the first backward of a step reaches W: DeepSpeed's ZeRO-3
+                # adds what a later one brings to what the step before left in the gradient's buffer.
+                english_LKH = self.trained_transform(english_LKH, packed.own)
+            current = self._fuse_pass(english_LKH, anchors, packed.connected, noise)
         with self.hooks.during(current):
             hidden_1TH = self._decode(packed.target)
         cap = getattr(self.config, "final_logit_softcapping", None)  # Gemma 2

@@ -153,5 +153,28 @@ class Transform(nn.Module):
         return cls([matrix], "per_layer" if matrix.ndim == 3 else "shared")
 
 
+class TrainedTransform(nn.Linear):
+    """W as a weight that is trained with the model (CCConfig.transform_share); weight (H, H), which is W transposed.
+
+    An nn.Linear whose forward is all that uses its weight: ZeRO-3 gathers it for that.
+    """
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__(hidden_size, hidden_size, bias=False)
+        self.start_from(None)
+
+    @torch.no_grad()
+    def start_from(self, matrix_HH: Tensor | None) -> None:
+        """Hold W; None: the identity."""
+        if matrix_HH is None:
+            nn.init.eye_(self.weight)
+        else:
+            self.weight.copy_(matrix_HH.T)
+
+    def forward(self, activations_LKH: Tensor, own: Tensor) -> Tensor:
+        """S W for the rows that `own` (K,) marks, the others as they are; (L, K, H)."""
+        return torch.where(own[:, None], super().forward(activations_LKH), activations_LKH)
+
+
 def _text(shapes: Sequence[tuple[int, ...]]) -> str:
     return " and ".join(map(str, shapes))

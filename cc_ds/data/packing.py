@@ -57,6 +57,8 @@ class PackedBatch:
     connected: Tensor
     """(K,) bool: False for a stand-in, which a batch without any English prompt carries so that every rank runs both
     passes."""
+    own: Tensor
+    """(K,) bool: whose English prompt is none, but the row's own prompt (`CCConfig.transform_share`)."""
     english_of: Tensor | slice
     """Which English prompt each connected row has: (K,) int64, or a slice where they are simply in order."""
     english: Packed | None
@@ -97,6 +99,7 @@ def pack(rows: Sequence[dict[str, Any]], pad_token_id: int, connect: bool = True
         labels=labels[1:][label_positions],
         connected_rows=torch.tensor(with_english, dtype=torch.int64),
         connected=connected,
+        own=torch.tensor([bool(rows[index].get("own_prompt")) for index in with_english], dtype=torch.bool),
         english_of=english_of,
         english=english,
         langs=tuple(row["lang"] for row in rows),

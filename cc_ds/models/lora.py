@@ -22,7 +22,7 @@ _LINEAR_A, _LINEAR_B = f".lora_A.{_ADAPTER}.weight", f".lora_B.{_ADAPTER}.weight
 
 
 def add_lora(model: nn.Module, settings: ModelConfig) -> None:
-    """Freeze the model but for its Decision Maker and put adapters beside its linear layers, in place.
+    """Freeze the model but for its connection and put adapters beside its linear layers, in place.
 
     Raises:
         ValueError: peft is not installed, or no layer has a name of `lora_target_modules`.
@@ -37,7 +37,7 @@ def add_lora(model: nn.Module, settings: ModelConfig) -> None:
         lora_alpha=settings.lora_alpha,
         lora_dropout=settings.lora_dropout,
         target_modules="all-linear" if names == ("all-linear",) else list(names),
-        exclude_modules=["decision_maker"],  # an nn.Linear too
+        exclude_modules=["decision_maker", "trained_transform"],  # nn.Linear too
     )
     inject_adapter_in_model(config, model, adapter_name=_ADAPTER)
     model.decision_maker.requires_grad_(True)

@@ -30,6 +30,16 @@ def _cases() -> list[dict]:
     others = [{"stage": stage, "english_grad": True, "checkpointing": False, "method": "cc"} for stage in (0, 2)]
     dropout = three[0] | {"english_dropout": 0.5}
     budgets = [others[0] | {"stage": stage, "max_tokens": 16} for stage in (0, 2, 3)]
+    own = [
+        three[0] | {"english_dropout": 0.2, "transform_share": 0.5},
+        others[1] | {"english_grad": False, "transform_share": 0.5},
+    ]
+    # with one micro-batch, no forward stands between its backward and the English one
+    single = [others[0] | {"stage": stage, "accumulation": 1} for stage in (0, 1, 2, 3)]
+    own = [
+        three[0] | {"english_dropout": 0.2, "transform_share": 0.5},
+        others[1] | {"english_grad": False, "transform_share": 0.5},
+    ]
     # with one micro-batch, no forward stands between its backward and the English one
     single = [others[0] | {"stage": stage, "accumulation": 1} for stage in (0, 1, 2, 3)]
     # the English backward, the last, does not reach the LM head
@@ -38,7 +48,8 @@ def _cases() -> list[dict]:
         for stage in (1, 2, 3)
         for accumulation in (1, 2)
     ]
-    return [*three, *others, dropout, *single, *offload, *budgets, {"stage": 3, "english_grad": True, "checkpointing": True, "method": "sft"}]
+    sft = {"stage": 3, "english_grad": True, "checkpointing": True, "method": "sft"}
+    return [*three, *others, dropout, *own, *single, *offload, *budgets, sft]
 
 
 def _settings(case: dict) -> Settings:

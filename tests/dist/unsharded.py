@@ -25,6 +25,7 @@ class Settings:
     method: str = "cc"
     english_grad: bool = True
     english_dropout: float = 0.0
+    transform_share: float = 0.0
     learning_rate: float = 1e-2
     adam_epsilon: float = 1e-8
     max_grad_norm: float = 1.0
@@ -34,7 +35,8 @@ class Settings:
         """For the command line, but for what depends on the number of ranks."""
         return [
             "--max_steps", str(self.steps), "--method", self.method, "--english_grad", str(self.english_grad),
-            "--english_dropout", str(self.english_dropout), "--learning_rate", str(self.learning_rate),
+            "--english_dropout", str(self.english_dropout), "--transform_share", str(self.transform_share),
+            "--learning_rate", str(self.learning_rate),
             "--adam_epsilon", str(self.adam_epsilon), "--max_grad_norm", str(self.max_grad_norm), "--seed",
             str(self.seed),
         ]  # fmt: skip
@@ -52,9 +54,8 @@ class Result:
 def load_model(folder, settings: Settings) -> CCModelForCausalLM:
     """The model as `train.main` makes it: its new Decision Maker is drawn from the run's seed."""
     torch.manual_seed(settings.seed)
-    model = CCModelForCausalLM.from_pretrained(
-        folder, cc_config=CCConfig(english_grad=settings.english_grad), torch_dtype=torch.float32
-    )
+    cc_config = CCConfig(english_grad=settings.english_grad, transform_share=settings.transform_share)
+    model = CCModelForCausalLM.from_pretrained(folder, cc_config=cc_config, torch_dtype=torch.float32)
     if settings.method == "sft":
         model.decision_maker.requires_grad_(False)
     return model.train()
@@ -77,7 +78,7 @@ def train_unsharded(model, tokenizer_folder, rows_file, cache, settings: Setting
     schedule = get_scheduler("cosine", optimizer, num_warmup_steps=warm_up, num_training_steps=settings.steps)
     losses, norms = [], []
     for _ in range(settings.steps):
-        loss = model(**_next_batch(stream, collate, settings)).loss
+        loss = _loss(model, _next_batch(stream, collate, settings))
         loss.backward()
         limit = settings.max_grad_norm or float("inf")
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), limit)))
@@ -94,17 +95,40 @@ def assert_equal(folder, truth: Result) -> None:
     torch.testing.assert_close([line["loss"] for line in metrics], truth.losses, atol=1e-5, rtol=0)
     torch.testing.assert_close([line["grad_norm"] for line in metrics], truth.norms, atol=0, rtol=1e-4)
     saved = load_file(folder / "model.safetensors") | load_file(folder / "cc_connection.safetensors")
+    if "transform" in saved:
+        saved["trained_transform.weight"] = saved.pop("transform").T
     assert set(truth.parameters) == set(saved)
     for name, parameter in truth.parameters.items():
         torch.testing.assert_close(saved[name], parameter, atol=2e-5, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
 
 
+def _loss(model: CCModelForCausalLM, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    own = batch.pop("own")
+    if model.trained_transform is None:
+        return model(**batch).loss
+    english = {name: batch.pop(f"english_{name}") for name in ("input_ids", "attention_mask", "anchors")}
+    has_english = english["attention_mask"].any(dim=1)
+    english["attention_mask"][:, 0] = 1  # a row without English reads something, and is not connected
+    with torch.set_grad_enabled(model.cc_config.english_grad):
+        read_LBH = model.anchor_activations(**english)
+    matrix = model.trained_transform.weight.T
+    # W is in the graph without such a row too: its gradient is then 0, not None, and Adam takes the step
+    taken_LBH = torch.where(own[:, None], read_LBH @ matrix, read_LBH)
+    anchors, noise = batch.pop("anchors"), batch.pop("gate_noise")
+    model.prefill_pass = model.fuse_pass(taken_LBH, anchors, batch["input_ids"].shape[1], has_english, noise)
+    return model(**batch).loss
+
+
 def _next_batch(stream: BatchStream, collate: CCCollator, settings: Settings) -> dict[str, torch.Tensor]:
     positions = stream.next_positions()
     noise, draws = gumbel_noise_at(positions, 3, settings.seed), uniform_at(positions, settings.seed)
-    rows = [
-        row | {"english_input_ids": []} if draw < settings.english_dropout else row
-        for row, draw in zip(next(stream), draws, strict=True)
-    ]
+    rows, own = list(next(stream)), [False] * settings.batch_size
+    for number, (row, draw) in enumerate(zip(rows, draws, strict=True)):
+        if draw < settings.english_dropout:
+            rows[number] = row | {"english_input_ids": []}
+        elif row["english_input_ids"] and draw < settings.english_dropout + settings.transform_share:
+            prompt = row["input_ids"][: row["anchor"] + 1]
+            rows[number], own[number] = row | {"english_input_ids": prompt, "english_anchor": row["anchor"]}, True
     batch = {name: value for name, value in collate(rows).items() if torch.is_tensor(value)}
+    batch["own"] = torch.tensor(own)
     return batch | {"gate_noise": noise} if settings.method == "cc" else batch

@@ -6,7 +6,7 @@ from tiny_models import HIDDEN, LAYERS, VOCAB, cc_model
 
 from cc_ds.data.templates import RenderedPrompt
 from cc_ds.models.arch import ffn_of, layers_of
-from experiments.ask import MODES, Question, ask, correct
+from experiments.ask import Question, ask, correct
 
 OPTIONS = ("20", "31", "42", "53", "64")
 
@@ -88,11 +88,11 @@ def test_modes_equal_the_literal_ones(family):
     matrix = scale * torch.randn(HIDDEN, HIDDEN, generator=draw)
     per_layer = scale * torch.randn(LAYERS, HIDDEN, HIDDEN, generator=draw)
     rows = questions(12)
-    found = ask(model, Template(), rows, {"matrix": matrix, "per-layer": per_layer}, batch_size=5, seed=9)
-    assert tuple(found) == MODES
+    transforms = {"matrix": matrix, "per-layer": per_layer, "trained": -matrix}
+    found = ask(model, Template(), rows, transforms, batch_size=5, seed=9)
     literal = Literal(model)
     drawn = torch.randint(LAYERS, (len(rows),), generator=torch.Generator().manual_seed(9))
-    expected = {mode: [] for mode in MODES}
+    expected: dict[str, list[str]] = {}
     for row, layer in zip(rows, drawn.tolist(), strict=True):
         source_LH, embedding_H = literal.read(row.prompt)
         english_LH, _ = literal.read(row.prompt_en)
@@ -101,13 +101,14 @@ def test_modes_equal_the_literal_ones(family):
             "none": torch.zeros(HIDDEN),
             "matrix": literal.choose(by_matrix_LH, embedding_H),
             "per-layer": literal.choose(torch.einsum("lh,lhk->lk", source_LH, per_layer), embedding_H),
+            "trained": literal.choose(-by_matrix_LH, embedding_H),
             "identity": literal.choose(source_LH, embedding_H),
             "random": by_matrix_LH[layer],
             "mean": by_matrix_LH.mean(dim=0),
             "english": torch.zeros(HIDDEN) if row.lang == "en" else literal.choose(english_LH, embedding_H),
         }
         for mode, vector in added.items():
-            expected[mode].append(literal.answer(row.prompt, vector))
+            expected.setdefault(mode, []).append(literal.answer(row.prompt, vector))
     assert found == expected
     assert len({tuple(given) for given in found.values()}) > 3, "the modes must differ for this to say anything"
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from cc_ds.config import read_yaml
-from experiments.prepare_data import BENCHMARKS, TARGETS, WORDING, prepare
+from experiments.prepare_data import BENCHMARKS, LEFT_OUT, TARGETS, WORDING, prepare
 
 LABELS = ["health", "science/technology", "travel"]
 
@@ -54,7 +54,7 @@ def test_augmentation_puts_each_twin_beside_its_row(data, tmp_path):
 def test_questions_and_pairs(data, tmp_path):
     prepare(data, tmp_path / "out", benchmark_rows=2)
     sib = read(tmp_path / "out" / "ask" / "sib200.jsonl")
-    assert {row["lang"] for row in sib} == set(read_yaml(str(WORDING)))
+    assert {row["lang"] for row in sib} == {"en", *TARGETS, *LEFT_OUT}
     assert all(row["answer"] in row["options"] for row in sib)
     xnli = read(tmp_path / "out" / "ask" / "xnli.jsonl")
     assert [(row["lang"], row["item"], row["prompt_en"]) for row in xnli if row["lang"] == "sw"] == [

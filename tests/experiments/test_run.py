@@ -16,7 +16,7 @@ def result(shares: dict[str, str]) -> dict:
     languages = (*TARGETS, "en", "fr")
     marks = {mode: dict.fromkeys(languages, text) for mode, text in shares.items()}
     tasks = {task: {"correct": marks, "given": {}} for task in ("sib200", "xnli", "xstorycloze")}
-    return {"tasks": tasks, "fit": None, "measure_seconds": 5.0, "training": {}}
+    return {"tasks": tasks, "fit": None, "measure_cpu_seconds": 5.0, "training": {}}
 
 
 @pytest.fixture
@@ -38,6 +38,7 @@ def calls(monkeypatch, tmp_path):
             with open(f"{folder}/run_state.json", "w") as stream:
                 json.dump({"state": "finished"}, stream)
             (tmp_path / "out/runs/gemma" / folder.rsplit("/")[-1] / "checkpoint-5").mkdir()
+        return 7.0
 
     monkeypatch.setattr(run, "_python", python)
     return noted
@@ -71,7 +72,7 @@ def test_one_failure_does_not_stop_the_others(calls, tmp_path, monkeypatch):
     def python(script, *words, **options):
         if "train.py" in script and "cc-seed1" in " ".join(map(str, words)):
             raise ValueError("killed")
-        good(script, *words, **options)
+        return good(script, *words, **options)
 
     monkeypatch.setattr(run, "_python", python)
     with pytest.raises(ValueError, match="cc-seed1: killed"):

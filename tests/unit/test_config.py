@@ -49,6 +49,7 @@ def test_nothing_can_be_changed():
         (["--gate", "hart"], "gate is 'hart', expected one of hard, soft; did you mean 'hard'"),
         (["--temperature", "0"], "temperature is 0.0, expected positive"),
         (["--english_dropout", "1.5"], "english_dropout is 1.5, expected between 0 and 1"),
+        (["--english_dropout", "0.7", "--transform_share", "0.5"], "transform_share is 1.2, expected at most 1"),
         (["--per_device_train_batch_size", "0"], "per_device_train_batch_size is 0, expected 1 or more"),
         (["--column_map", "prompt"], "column_map is 'prompt', expected"),
         (["stray"], "output_dir is"),

@@ -17,13 +17,13 @@ ROWS = 20
 COST = RowCost(1.0, 1.0, 0.0, 0.0)
 
 
-def _feed(rank: int = 0, ranks: int = 1, english_dropout: float = 0.0, **train) -> StepFeed:
+def _feed(rank: int = 0, ranks: int = 1, cc: dict | None = None, **train) -> StepFeed:
     rows = tokenised_rows(count=ROWS)
     for index in (4, 9, 14):
         rows[index] |= {name: rows[0][name] for name in ("english_input_ids", "english_anchor")}
     settings = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "output_dir": "unused"} | train
     config = Config(
-        cc=CCConfig(english_dropout=english_dropout),
+        cc=CCConfig(**(cc or {})),
         model=ModelConfig(model_name_or_path="unused"),
         data=DataConfig(train_file=("unused",)),
         train=TrainConfig(**settings),
@@ -87,9 +87,29 @@ def test_english_left_out_at_random_is_the_same_on_every_rank():
     def count(feeds, steps: int = 10) -> int:
         return sum(int(b.connected.sum()) for _ in range(steps) for f in feeds for b, _ in next(f).micro_batches)
 
-    half = count([_feed(per_device_train_batch_size=8, english_dropout=0.5)])
-    assert half == count([_feed(rank, 2, english_dropout=0.5) for rank in range(2)])
+    dropout = {"english_dropout": 0.5}
+    half = count([_feed(per_device_train_batch_size=8, cc=dropout)])
+    assert half == count([_feed(rank, 2, cc=dropout) for rank in range(2)])
     assert 0.3 < half / count([_feed(per_device_train_batch_size=8)]) < 0.7
+
+
+def test_a_row_connected_as_at_inference_reads_its_own_prompt():
+    feed = _feed(cc={"transform_share": 0.5})
+    rows = {row["source"]: row for row in feed.stream.dataset}
+    seen = {True: 0, False: 0}
+    for _ in range(6):
+        step = next(feed)
+        prompts = step.english.input_ids[0].split(step.english.lengths)
+        for batch, _ in step.micro_batches:
+            order = torch.arange(len(prompts))[batch.english_of].tolist()
+            columns = (batch.connected_rows.tolist(), order, batch.connected.tolist(), batch.own.tolist())
+            for index, number, real, own in zip(*columns, strict=True):
+                if real:
+                    row = rows[batch.sources[index]]
+                    expected = row["input_ids"][: row["anchor"] + 1] if own else row["english_input_ids"]
+                    assert prompts[number].tolist() == expected
+                    seen[own] += 1
+    assert 0.3 < seen[True] / sum(seen.values()) < 0.7
 
 
 def test_a_row_longer_than_the_limit_is_refused():

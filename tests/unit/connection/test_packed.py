@@ -111,6 +111,47 @@ def test_english_read_once_for_several_micro_batches():
         torch.testing.assert_close(once.get_parameter(name).grad, parameter.grad, atol=1e-12, rtol=1e-9)
 
 
+@pytest.mark.parametrize("english_grad", [True, False])
+def test_a_row_that_reads_its_own_prompt_goes_through_the_matrix(english_grad):
+    """Equal to the padded forward with E~ = S W written out, gradients of W and of all else included."""
+    rows, noise = tokenised_rows(), _noise(5)
+    prompt = rows[2]["input_ids"][: rows[2]["anchor"] + 1]
+    rows[2] |= {"english_input_ids": prompt, "english_anchor": rows[2]["anchor"]}
+    connected, own = [0, 2, 3], torch.tensor([False, False, True, False, False])
+    models = [cc_model(dtype=torch.float64, transform_share=0.5, english_grad=english_grad).train() for _ in range(2)]
+    draw = torch.Generator().manual_seed(3)
+    for model in models:
+        with torch.no_grad():
+            model.trained_transform.weight.copy_(
+                torch.randn(model.trained_transform.weight.shape, generator=draw.manual_seed(3))
+            )
+            for layer in model.model.layers:  # activations large enough to matter
+                layer.mlp.down_proj.weight.mul_(20)
+    packed, literal = models
+    packed.set_attn_implementation(PACKED)
+    batch = pack([row | {"own_prompt": bool(is_own)} for row, is_own in zip(rows, own, strict=True)], 0)
+    assert batch.own.tolist() == [False, True, False]
+    found = packed(packed=batch, gate_noise=noise[connected], num_items_in_batch=torch.tensor(len(batch.labels)))
+
+    tensors = {name: value for name, value in CCCollator(0)(rows).items() if torch.is_tensor(value)}
+    english = {name: tensors.pop(f"english_{name}") for name in ("input_ids", "attention_mask", "anchors")}
+    has_english = english["attention_mask"].any(dim=1)
+    english["attention_mask"][:, 0] = 1
+    with torch.set_grad_enabled(english_grad):
+        read_LBH = literal.anchor_activations(**english)
+    taken_LBH = torch.where(own[None, :, None], read_LBH @ literal.trained_transform.weight.T, read_LBH)
+    anchors = tensors.pop("anchors")
+    literal.prefill_pass = literal.fuse_pass(taken_LBH, anchors, tensors["input_ids"].shape[1], has_english, noise)
+    expected = literal(**tensors)
+    torch.testing.assert_close(found.loss.double(), expected.loss.double(), atol=2e-6, rtol=0)
+    for output in (found, expected):
+        output.loss.backward()
+    for name, parameter in literal.named_parameters():
+        gradient = packed.get_parameter(name).grad
+        torch.testing.assert_close(gradient, parameter.grad, atol=2e-6, rtol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
+    assert literal.trained_transform.weight.grad.abs().max() > 1e-3
+
+
 def test_a_batch_without_english_carries_a_stand_in_that_changes_nothing():
     rows = [row | {"english_input_ids": [], "english_anchor": 0} for row in tokenised_rows()]
     model = cc_model(dtype=torch.float64).train()
