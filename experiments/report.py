@@ -62,7 +62,7 @@ def write_report(folder: Path, table: str, model: str, results: Results) -> Path
     write_json(
         {"settings": settings(model), "machine": machine, "runs": list(results)}, folder / f"{table}-{model}.json"
     )
-    hours = sum(r["train_cpu_seconds"] + r["measure_cpu_seconds"] for r in results) / 3600
+    hours = sum((r["train_cpu_seconds"] or 0) + r["measure_cpu_seconds"] for r in results) / 3600
     seeds = sorted({r["seed"] for r in results})
     text = "\n\n".join(
         [
@@ -151,8 +151,8 @@ def _costs(results: Results) -> str:
     lines = []
     for arm in dict.fromkeys(r["arm"] for r in results):
         runs = _of(results, arm).values()
-        means = [statistics.mean(r[key] for r in runs) for key in ("train_cpu_seconds", "measure_cpu_seconds")]
-        lines.append([arm, *(f"{mean:.0f}" for mean in means)])
+        known = [[r[key] for r in runs if r[key] is not None] for key in ("train_cpu_seconds", "measure_cpu_seconds")]
+        lines.append([arm, *(f"{statistics.mean(seconds):.0f}" if seconds else "?" for seconds in known)])
     return _markdown(["", "training", "matrices and questions"], lines)
 
 

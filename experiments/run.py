@@ -128,7 +128,8 @@ def run_one(places: Places, arm: str, seed: int, threads: int, max_steps: int | 
 def _result(places: Places, arm: str, seed: int) -> dict[str, Any]:
     run = places.run(arm, seed)
     result = json.loads((run / "result.json").read_text(encoding="utf-8"))
-    seconds = sum(map(float, (run / "cpu_seconds.jsonl").read_text(encoding="utf-8").split()))
+    path = run / "cpu_seconds.jsonl"  # not there if this script was stopped while the training went on
+    seconds = sum(map(float, path.read_text(encoding="utf-8").split())) if path.is_file() else None
     return {"arm": arm, "seed": seed, "train_cpu_seconds": seconds} | result
 
 

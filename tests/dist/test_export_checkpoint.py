@@ -31,7 +31,7 @@ def runs(base_command, tmp_path_factory):
             command = [
                 *base_command, "--output_dir", str(folder / f"{stage}-{layout}"), "--max_steps", "3", "--save_steps", "3",
                 "--bf16", "true", "--deepspeed", str(config), "--per_device_train_batch_size", "2",
-                "--tensor_parallel_size", str(tensor_size),
+                "--tensor_parallel_size", str(tensor_size), "--transform_share", "0.5" if tensor_size == 1 else "0",
             ]  # fmt: skip
             cases.append({"ranks": data_size * tensor_size, "command": command})
     (folder / "cases.json").write_text(json.dumps(cases), encoding="utf-8")
@@ -55,8 +55,9 @@ def test_as_the_run_itself(runs, stage, layout, tmp_path):
     exported, expected = model.state_dict(), stock.state_dict()
     assert exported.keys() == expected.keys()
     assert all(torch.equal(exported[name], expected[name]) for name in expected)
-    name = "cc_connection.safetensors"
-    assert torch.equal(*(load_file(folder / name)["decision_maker.weight"] for folder in (out, run)))
+    found, expected = (load_file(folder / "cc_connection.safetensors") for folder in (out, run))
+    assert found.keys() == expected.keys() and ("transform" in found) == (layout == "2x1")
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert AutoTokenizer.from_pretrained(out).get_vocab() == AutoTokenizer.from_pretrained(run).get_vocab()
     for name in ("config.json", "generation_config.json", "cc_config.json"):
         assert json.loads((out / name).read_text()) == json.loads((run / name).read_text())

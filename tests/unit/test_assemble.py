@@ -10,7 +10,7 @@ from cc_ds.config import load_config
 from cc_ds.dist.group import Group
 
 
-@pytest.mark.parametrize("option", [["--lora_rank", "4"], ["--use_liger_kernel"]])
+@pytest.mark.parametrize("option", [["--lora_rank", "4"], ["--use_liger_kernel"], ["--transform_share", "0.5"]])
 def test_what_tensor_parallelism_does_not_go_with(option, tmp_path):
     tiny_models.hf_config("llama").save_pretrained(tmp_path)  # no weights there
     options = ["--model_name_or_path", str(tmp_path), "--train_file", "rows.jsonl", "--output_dir", str(tmp_path)]

@@ -112,6 +112,23 @@ def test_save_and_load(family, tmp_path, caplog):
     assert json.loads((tmp_path / "config.json").read_text())["architectures"] == [type(stock).__name__]
 
 
+def test_a_transform_that_was_trained_is_saved_and_trained_on(tmp_path):
+    model = cc_model(transform_share=0.5)
+    matrix = torch.randn(HIDDEN, HIDDEN)
+    with torch.no_grad():
+        assert torch.equal(model.trained_transform.weight, torch.eye(HIDDEN))
+        model.trained_transform.weight.copy_(matrix.T)
+    model.save_pretrained(tmp_path)
+    again = CCModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(again.transform.matrix, matrix)
+    assert torch.equal(again.trained_transform.weight, matrix.T)
+    stock, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values()) and not isinstance(stock, CCModelForCausalLM)
+    again.set_transform(2 * matrix)  # one that was fitted afterwards takes its place
+    again.save_pretrained(tmp_path / "fitted")
+    assert torch.equal(CCModelForCausalLM.from_pretrained(tmp_path / "fitted").transform.matrix, 2 * matrix)
+
+
 def test_a_plain_model_gets_a_decision_maker_as_hf_initialises_a_linear(tmp_path):
     stock_twin(cc_model()).save_pretrained(tmp_path)
     torch.manual_seed(0)
