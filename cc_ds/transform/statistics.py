@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 # Rows in one product: enough that adding it up in float64 is cheap, few enough that float32 sums stay sharp.
-_BLOCK_ROWS = 2048
+_BLOCK_ROWS = 4096
 # S^T S is symmetric: panels of so many columns, each from its diagonal on.
 _PANEL = 512
 
@@ -43,7 +43,7 @@ class Statistics:
                 self.gram[left:right, left:] += s[:, left:right].T @ s[:, left:]
             for left in range(0, s.shape[1], 4 * _PANEL):  # in panels: no product of the whole size is ever held
                 self.cross[left : left + 4 * _PANEL] += s[:, left : left + 4 * _PANEL].T @ e
-            self.energy += e.double().square().sum()
+            self.energy += torch.linalg.vecdot(e, e).double().sum()  # of each row, then of all: no copy of E is made
             self.rows += len(s)
 
     def complete(self, group=None) -> Statistics:
