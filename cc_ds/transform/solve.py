@@ -204,8 +204,9 @@ def _largest(product, like: Tensor, steps: int) -> float:
 def _relative_error(statistics: Statistics, matrix: Tensor, penalty: float) -> float:
     energy = float(statistics.energy)
     # S^T S W is S^T E less the penalty's share of W, so the product of S^T S and W need not be taken.
-    product = torch.vdot(matrix.flatten(), statistics.cross.flatten())
-    squared = statistics.energy - product - penalty * torch.vdot(matrix.flatten(), matrix.flatten())
+    squared = statistics.energy - (matrix * statistics.cross).sum()
+    if penalty:
+        squared -= penalty * matrix.square().sum()
     if energy == 0:
         return 0.0 if float(squared) == 0 else float("inf")
     # Below the rounding of the sums nothing is known of the error but that it is small.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 # Rows in one product: enough that adding it up in float64 is cheap, few enough that float32 sums stay sharp.
-_BLOCK_ROWS = 4096
+_BLOCK_ROWS = 8192
 # S^T S is symmetric: panels of so many columns, each from its diagonal on.
 _PANEL = 512
 
