@@ -6,6 +6,8 @@ import pytest
 import torch
 from reference.two_pass import connected_logits, ffn_outputs
 from tiny_models import HIDDEN, LAYERS, VOCAB, cc_model, stock_twin
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from cc_ds.connection.transform import Transform
 from cc_ds.models.arch import FAMILIES, layers_of
@@ -238,6 +240,21 @@ def test_streamers_and_stopping_criteria():
     )  # fmt: skip
     first = tokens.index(tokens[2])
     assert stopped[0, len(prompt) :].tolist() == tokens[: first + 1]
+
+
+def test_stop_strings():
+    """That stand in two tokens."""
+    letters = {chr(ord("A") + number): number for number in range(VOCAB)}
+    core = Tokenizer(models.BPE(letters, []))
+    core.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core)
+    model = cc_model(dtype=torch.float64)
+    model.set_transform(_transform())
+    prompt = _prompts()[1]
+    tokens = _generate(model, {"input_ids": prompt[None]})[0].tolist()
+    stop = tokenizer.decode(tokens[1:3])
+    stopped = _generate(model, {"input_ids": prompt[None]}, stop_strings=[stop], tokenizer=tokenizer)[0].tolist()
+    assert stopped == tokens[:3] != tokens
 
 
 def test_generation_leaves_nothing_behind():
