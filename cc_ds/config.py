@@ -24,6 +24,9 @@ class CCConfig:
 
     fuse_layer: int = 0
     """The target layer whose FFN output receives the English activation."""
+    fuse_norm: Literal["none", "match"] = "none"
+    """none: English activations as they are; match: each scaled to the norm of the FFN output it may join, so that
+    layers differ in direction alone. Ours, not the paper's: in Gemma 3 the former are 25 times the latter."""
     gate: Literal["hard", "soft"] = "hard"
     """hard: one layer is chosen, straight-through gradient; soft: the softmax's mixture."""
     temperature: float = 1.0

@@ -95,6 +95,7 @@ class FusePass:
     noise: Tensor
     fuse_layer: int
     mask: Tensor | None = None
+    match_norm: bool = False
     embedding_KH: Tensor | None = None
     choice: Tensor | None = None
     decision_logits: Tensor | None = None
@@ -111,8 +112,9 @@ class FusePass:
             return None
         before_KH = take_rows(output_BTH.detach(), self.positions)
         first = torch.zeros_like(self.positions)
+        english_LKH = _with_norm_of(before_KH, self.english_LKH) if self.match_norm else self.english_LKH
         fused_K1H, choice, logits = self.decision_maker(
-            before_KH[:, None], self.english_LKH, self.embedding_KH, self.noise, first, self.mask
+            before_KH[:, None], english_LKH, self.embedding_KH, self.noise, first, self.mask
         )
         if self.choice is None:
             self.choice, self.decision_logits = choice, logits
@@ -120,6 +122,13 @@ class FusePass:
         if output_BTH._is_view():  # DeepSpeed's all-reduce over a tensor group gives one, which autograd protects
             output_BTH = output_BTH.clone()
         return _ReplaceRows.apply(output_BTH, fused_K1H[:, 0], self.positions)
+
+
+def _with_norm_of(model_KH: Tensor, values_LKH: Tensor) -> Tensor:
+    """The vectors of `values_LKH`, scaled to the norms of those of `model_KH`; a zero vector stays one."""
+    wide = torch.promote_types(values_LKH.dtype, torch.float32)
+    norms_LK1 = values_LKH.to(wide).norm(dim=-1, keepdim=True).clamp_min(1e-12)
+    return (values_LKH * (model_KH.to(wide).norm(dim=-1, keepdim=True) / norms_LK1)).to(values_LKH.dtype)
 
 
 class _ReplaceRows(torch.autograd.Function):

@@ -341,7 +341,9 @@ class CCModelForCausalLM:
             noise = english_LKH.new_zeros(rows, layers, dtype=torch.float32)
         if noise.shape != (rows, layers):
             raise ValueError(f"gate_noise must have shape ({rows}, {layers}), not {tuple(noise.shape)}")
-        return FusePass(self.decision_maker, english_LKH, positions, noise, self.cc_config.fuse_layer, mask)
+        settings = self.cc_config
+        match = settings.fuse_norm == "match"
+        return FusePass(self.decision_maker, english_LKH, positions, noise, settings.fuse_layer, mask, match)
 
     def generate(
         self,
