@@ -7,12 +7,13 @@ import warnings
 
 import pytest
 import torch
+from reference.two_pass import connected_logits, ffn_outputs
 from safetensors.torch import load_file, save_file
 from tiny_models import HIDDEN, LAYERS, batch, cc_model, stock_twin
 from transformers import AutoModelForCausalLM
 
 from cc_ds import CCModelForCausalLM
-from cc_ds.models.arch import FAMILIES
+from cc_ds.models.arch import FAMILIES, layers_of
 
 ENGLISH = ("english_input_ids", "english_attention_mask", "english_anchors")
 
@@ -84,6 +85,25 @@ def test_a_soft_gate_mixes_layers():
     output = model(**batch(), gate_noise=_noise())
     expected = torch.softmax((output.decision_logits + _noise()) / 2.0, dim=-1)
     torch.testing.assert_close(output.choice, expected, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_activations_at_the_norm_of_what_they_join(family):
+    """Equal to the connection written out, with English activations scaled by hand."""
+    model = cc_model(family, dtype=torch.float64, fuse_norm="match")
+    data, noise = batch(), _noise()
+    output = model(**data, gate_noise=noise)
+    twin = stock_twin(model)
+    layers = layers_of(twin, FAMILIES[model.config.model_type])
+    english_LBH = ffn_outputs(twin, layers, *(data[name] for name in ENGLISH))
+    joined_BH = ffn_outputs(twin, layers, data["input_ids"], data["attention_mask"], data["anchors"])[0]
+    scaled_LBH = english_LBH / english_LBH.norm(dim=-1, keepdim=True) * joined_BH.norm(dim=-1, keepdim=True)
+    weight = model.decision_maker.weight.detach()
+    ids, mask, anchors = data["input_ids"], data["attention_mask"], data["anchors"]
+    logits, _, _ = connected_logits(twin, layers, weight, scaled_LBH, ids, mask, anchors, noise)
+    real = mask.bool()
+    torch.testing.assert_close(output.logits[real], logits[real], atol=1e-10, rtol=0)
+    torch.testing.assert_close(output.fusion_ratio, torch.ones(3), atol=1e-6, rtol=0, check_dtype=False)
 
 
 def test_reentrant_checkpointing_is_refused():
