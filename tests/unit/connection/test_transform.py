@@ -8,7 +8,10 @@ from safetensors.torch import load_file, save_file
 from tiny_models import HIDDEN, LAYERS, cc_model
 
 from cc_ds import CCModelForCausalLM
-from cc_ds.connection.transform import Transform
+from cc_ds.config import ModelConfig
+from cc_ds.connection.decision import DecisionMaker
+from cc_ds.connection.transform import TrainedTransform, Transform
+from cc_ds.models.lora import add_lora
 
 LANGS = ("sw", "yo")
 
@@ -93,3 +96,11 @@ def test_a_file_with_half_of_two_factors_is_refused(tmp_path):
     save_file(tensors, path)
     with pytest.raises(ValueError, match=r"cc_connection.safetensors: .*either whole or two factors"):
         CCModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_lora_leaves_the_connection_alone():
+    pytest.importorskip("peft", reason="LoRA needs peft: pip install 'cc_ds[lora]'")
+    model = cc_model(transform_share=0.5)
+    add_lora(model, ModelConfig(model_name_or_path="unused", lora_rank=2))
+    assert type(model.trained_transform) is TrainedTransform and type(model.decision_maker) is DecisionMaker
+    assert any(".lora_A." in name for name, _ in model.named_parameters())
