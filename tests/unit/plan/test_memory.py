@@ -46,6 +46,9 @@ class _Engine:
     def backward(self, loss, scale_wrt_gas=False) -> None:
         loss.backward()
 
+    def managed_gradient_accumulation(self) -> bool:
+        return False
+
 
 def _measured(config, method: str, accumulation: int, checkpointing: bool) -> float:
     """Bytes allocated at the peak of a step beyond what was there before it."""
