@@ -22,8 +22,6 @@ from cc_ds.transform.statistics import Statistics
 RIDGES = (0.0, *(10.0**exponent for exponent in torch.arange(-8, 2.01, 0.5).tolist()))
 # Float32 products may raise the residual by this share of it before they are taken in float64.
 _RESIDUAL_SHARE = 1e-7
-# An iteration for a largest value has settled when a step adds no more than this share of it.
-_SETTLED = 1e-4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -192,13 +190,11 @@ def _excess(statistics: Statistics, factor: Tensor, scaled_matrix: Tensor, error
 
 def _largest(product, like: Tensor, steps: int) -> float:
     vector = torch.linspace(1, 2, len(like), dtype=like.dtype, device=like.device).cos()[:, None]
-    size = 0.0
+    size = vector.new_zeros(())
     for _ in range(steps):
         vector = product(vector / vector.norm())
-        before, size = size, float(vector.norm())
-        if size - before <= _SETTLED * size:
-            break
-    return size
+        size = vector.norm()
+    return float(size)
 
 
 def _relative_error(statistics: Statistics, matrix: Tensor, penalty: float) -> float:
