@@ -9,7 +9,8 @@ Modes. E stands for the real English activations, S for the prompt's own, W for 
     none          no connection
     matrix        S W, the Decision Maker chooses the layer: how it is deployed
     per-layer     S W_l, a matrix for each layer
-    trained     S W, of the W that was trained with the model, where one was (transform_share)
+    rows          S W, W fitted on prompts of the training rows
+    trained       S W, of the W that was trained with the model, where one was (transform_share)
     identity      S, as if W were the identity
     random        S W of a layer drawn for each row, instead of the Decision Maker's
     mean          the mean of S W over the layers, instead of one of them
@@ -60,8 +61,8 @@ def ask(
     """The option that the model gives to each question, by mode.
 
     Args:
-        transforms: {"matrix": (H, H), "per-layer": (L, H, H)}, perhaps {"trained": (H, H)}; empty for a model without a
-            connection, which is asked in the mode "none" alone.
+        transforms: mode -> W, (H, H) or (L, H, H), "matrix" among them; empty for a model without a connection, which
+            is asked in the mode "none" alone.
         seed: of the layers drawn in the mode "random".
     """
     model.eval()
@@ -127,10 +128,8 @@ def _activations(
         return
     layers, batch, _ = source_LBH.shape
     by_matrix_LBH = source_LBH @ transforms["matrix"]
-    yield "matrix", by_matrix_LBH, None
-    yield "per-layer", source_LBH @ transforms["per-layer"], None
-    if "trained" in transforms:
-        yield "trained", source_LBH @ transforms["trained"], None
+    for name, matrix in transforms.items():
+        yield name, source_LBH @ matrix, None
     yield "identity", source_LBH, None
     # Where all layers hold the same vector, that vector is fused, whatever the Decision Maker chooses.
     chosen_BH = by_matrix_LBH[drawn, torch.arange(batch)]

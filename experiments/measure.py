@@ -4,7 +4,7 @@
         --method cc --output result.json
 
 Matrices are fitted on NTREX prompts: one for all layers, without a ridge (the paper's), and one per layer with the
-ridge of RIDGES that does best on pairs held out.
+ridge of RIDGES that does best on pairs held out; and one for all layers on prompts of the training rows.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import os
 import sys
 import time
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,9 @@ from cc_ds.transform.sample import sample_pairs
 from experiments.ask import Question, ask, correct
 
 RIDGES = (0.01, 0.1, 1.0)
-PAIRS, HELD_OUT = 500, 0.1
+PAIRS = {"pairs.jsonl": 500, "train.jsonl": 1000}
+"""How many of each file are read."""
+HELD_OUT = 0.1
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -47,7 +50,11 @@ def main(argv: list[str] | None = None) -> None:
     transforms, fits = {}, None
     if args.method == "cc":
         trained = model.transform
-        transforms, fits = fit_matrices(model, template, args.data / "pairs.jsonl", args.batch_size, args.seed)
+        general, rows = (
+            read_pairs(model, template, args.data / name, count, args.batch_size, args.seed)
+            for name, count in PAIRS.items()
+        )
+        transforms, fits = fit_matrices(general, rows)
         if trained is not None:  # CCConfig.transform_share
             transforms["trained"] = trained.matrix
     tasks = {}
@@ -59,32 +66,66 @@ def main(argv: list[str] | None = None) -> None:
     write_json(result | {"training": _training(Path(args.model))}, args.output)
 
 
+@dataclass(frozen=True, slots=True)
+class Pairs:
+    """Activations of prompt pairs; those held out share no English prompt with those to fit on."""
+
+    source: Tensor
+    """S, (N, L, H)."""
+    target: Tensor
+    """E, (N, L, H)."""
+    known: int
+    """How many to fit on; the others are held out."""
+
+    @property
+    def fit(self) -> tuple[Tensor, Tensor]:
+        """S and E to fit on."""
+        return self.source[: self.known], self.target[: self.known]
+
+    def error(self, transform: Tensor | None, constant: Tensor | None = None) -> float:
+        """|S W - E| / |E| on the pairs held out; without W, of S itself or of a constant prediction."""
+        source, target = self.source[self.known :], self.target[self.known :]
+        prediction = source if constant is None else constant
+        if transform is not None:
+            prediction = (source.transpose(0, 1) @ transform).transpose(0, 1)
+        return float((prediction - target).norm() / target.norm())
+
+
 @torch.no_grad()
-def fit_matrices(model, template, path: Path, batch_size: int, seed: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """({"matrix": (H, H), "per-layer": (L, H, H)}, their relative errors |S W - E| / |E| on pairs held out)."""
+def read_pairs(model, template, path: Path, count: int, batch_size: int, seed: int) -> Pairs:
+    """Read `count` pairs of a file of rows, HELD_OUT of them to be held out."""
     rows, _ = read_rows([path], require_response=False)
-    fit, held_out = sample_pairs(rows, PAIRS, HELD_OUT, seed)
-    source, target = (
-        anchor_activations(model, [template.render_prompt(getattr(rows[i], side)) for i in fit + held_out],
-                           batch_size=batch_size)
-        for side in ("prompt", "prompt_en")
-    )  # fmt: skip
-    known, judged = slice(0, len(fit)), slice(len(fit), None)
+    fit, held_out = sample_pairs(rows, count, HELD_OUT, seed)
+    chosen = [rows[index] for index in fit + held_out]
+    both = []
+    for side in ("prompt", "prompt_en"):
+        texts = [json.dumps(getattr(row, side)) for row in chosen]  # several languages share an English prompt
+        distinct = list(dict.fromkeys(texts))
+        prompts = [template.render_prompt(json.loads(text)) for text in distinct]
+        read = anchor_activations(model, prompts, batch_size=batch_size)
+        order = {text: number for number, text in enumerate(distinct)}
+        both.append(read[[order[text] for text in texts]])
+    return Pairs(*both, known=len(fit))
 
-    def error(prediction: Tensor) -> float:
-        return float((prediction - target[judged]).norm() / target[judged].norm())
 
-    matrix = fit_transform(source[known], target[known])
-    errors = {"identity": error(source[judged]), "mean English": error(target[known].mean(dim=0))}
-    errors["matrix"] = error(source[judged] @ matrix)
-    best = None
-    for ridge in RIDGES:
-        per_layer = fit_transform(source[known], target[known], ridge=ridge, per_layer=True)
-        found = error(torch.einsum("nlh,lhk->nlk", source[judged], per_layer))
-        errors[f"per-layer, ridge {ridge}"] = found
-        if best is None or found < best[0]:
-            best = found, per_layer
-    return {"matrix": matrix, "per-layer": best[1]}, errors
+def fit_matrices(general: Pairs, rows: Pairs) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """The matrices by mode (ask.py), and relative errors on pairs held out.
+
+    Args:
+        general: of other texts (NTREX).
+        rows: of the training rows, which have an English prompt each by themselves.
+    """
+    matrices = {"matrix": fit_transform(*general.fit)}
+    errors = {"identity": general.error(None), "mean English": general.error(None, general.fit[1].mean(dim=0))}
+    errors["matrix"] = general.error(matrices["matrix"])
+    per_layer = {ridge: fit_transform(*general.fit, ridge=ridge, per_layer=True) for ridge in RIDGES}
+    found = {ridge: general.error(transform) for ridge, transform in per_layer.items()}
+    errors |= {f"per-layer, ridge {ridge}": error for ridge, error in found.items()}
+    matrices["per-layer"] = per_layer[min(found, key=found.get)]
+    matrices["rows"] = fit_transform(*rows.fit)
+    errors["rows: mean English"] = rows.error(None, rows.fit[1].mean(dim=0))
+    errors |= {f"rows: {mode}": rows.error(matrices[mode]) for mode in ("matrix", "rows")}
+    return matrices, errors
 
 
 def read_questions(path: Path) -> list[Question]:

@@ -74,6 +74,13 @@ def write_report(folder: Path, table: str, model: str, results: Results) -> Path
             _differences(results),
             "By language (SIB-200 dev).",
             _languages(results),
+            "The gate at the end of training (last log line, mean over seeds): its entropy, the norm of what is fused "
+            "over that of the FFN output it joins, and each language's most chosen layer (from 0) with its share in "
+            "percent.",
+            _gates(results),
+            "The matrices: |S W - E| / |E| on pairs held out, mean over seeds: of NTREX, or of the training rows where it "
+            "says rows.",
+            _fits(results),
             "Cost: CPU seconds a run, mean over seeds.",
             _costs(results),
         ]
@@ -92,15 +99,16 @@ def _name(arm: str, mode: str) -> str:
     return arm if arm.startswith("sft") else f"{arm}, {mode}"
 
 
-def _of(results: Results, arm: str) -> dict[int, dict[str, Any]]:
-    return {r["seed"]: r for r in results if r["arm"] == arm}
+def _of(results: Results, arm: str, mode: str = "none") -> dict[int, dict[str, Any]]:
+    """The runs of an arm that were asked in a mode, by seed."""
+    return {r["seed"]: r for r in results if r["arm"] == arm and mode in r["tasks"]["sib200"]["correct"]}
 
 
 def _scores(results: Results) -> str:
     groups = groups_of(results)
     lines = []
     for arm, mode in _variants(results):
-        runs = _of(results, arm).values()
+        runs = _of(results, arm, mode).values()
         lines.append(
             [_name(arm, mode), *(_cell([100 * items(r, mode, group).mean() for r in runs]) for group in groups)]
         )
@@ -115,7 +123,7 @@ def _differences(results: Results) -> str:
     for arm, mode in _variants(results):
         if arm == first:
             continue
-        runs = _of(results, arm)
+        runs = _of(results, arm, mode)
         seeds = sorted(runs.keys() & baseline.keys())
         if seeds:
             cells = [
@@ -136,15 +144,46 @@ def _difference(pairs: list[tuple[np.ndarray, np.ndarray]]) -> str:
 
 def _languages(results: Results) -> str:
     langs = list(results[0]["tasks"]["sib200"]["correct"]["none"])
-    variants = [v for v in _variants(results) if v[1] in ("none", "matrix", "english")]
+    variants = [v for v in _variants(results) if v[1] in ("none", "matrix", "rows", "english")]
     lines = []
     for lang in langs:
         group = Group(lang, "sib200", (lang,))
         cells = [
-            _cell([100 * items(r, mode, group).mean() for r in _of(results, arm).values()]) for arm, mode in variants
+            _cell([100 * items(r, mode, group).mean() for r in _of(results, arm, mode).values()])
+            for arm, mode in variants
         ]
         lines.append([f"{lang}{'' if lang in TARGETS else ' (left out)' if lang != 'en' else ''}", *cells])
     return _markdown(["", *(_name(*variant) for variant in variants)], lines)
+
+
+def _gates(results: Results) -> str:
+    langs = sorted(TARGETS)
+    lines = []
+    for arm in dict.fromkeys(r["arm"] for r in results):
+        ends = [r["training"]["lines"][-1] for r in _of(results, arm, "matrix").values()]
+        if not ends:
+            continue
+        figures = [f"{statistics.mean(end[key] for end in ends):.2f}" for key in ("gate_entropy", "fusion_ratio")]
+        layers = [end["chosen_layers"] for end in ends]
+        chosen = [np.sum([counts[lang] for counts in layers if lang in counts], axis=0) for lang in langs]
+        favourites = [f"{int(c.argmax())} ({100 * c.max() / c.sum():.0f})" if np.any(c) else "" for c in chosen]
+        lines.append([arm, *figures, *favourites])
+    return _markdown(["", "entropy", "ratio", *langs], lines)
+
+
+def _fits(results: Results) -> str:
+    fits = {arm: [r["fit"] for r in _of(results, arm).values()] for arm in dict.fromkeys(r["arm"] for r in results)}
+    fits = {arm: found for arm, found in fits.items() if all(found)}
+    names = list(dict.fromkeys(name for found in fits.values() for fit in found for name in fit))
+    lines = [
+        [arm, *(_mean_error([fit[name] for fit in found if name in fit]) for name in names)]
+        for arm, found in fits.items()
+    ]
+    return _markdown(["", *names], lines)
+
+
+def _mean_error(errors: Sequence[float]) -> str:
+    return f"{statistics.mean(errors):.3f}" if errors else ""
 
 
 def _costs(results: Results) -> str:

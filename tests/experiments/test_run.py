@@ -16,7 +16,13 @@ def result(shares: dict[str, str]) -> dict:
     languages = (*TARGETS, "en", "fr")
     marks = {mode: dict.fromkeys(languages, text) for mode, text in shares.items()}
     tasks = {task: {"correct": marks, "given": {}} for task in ("sib200", "xnli", "xstorycloze")}
-    return {"tasks": tasks, "fit": None, "measure_cpu_seconds": 5.0, "training": {}}
+    training = {"lines": [{"loss": 9.0}]}
+    fit = None
+    if "matrix" in shares:
+        end = {"gate_entropy": 0.5, "fusion_ratio": 2.0, "chosen_layers": {"sw": [1.0, 3.0], "yo": [5.0, 0.0]}}
+        training["lines"].append(end)
+        fit = {"identity": 0.5, "matrix": 0.25}
+    return {"tasks": tasks, "fit": fit, "measure_cpu_seconds": 5.0, "training": training}
 
 
 @pytest.fixture
@@ -104,3 +110,35 @@ def test_a_difference_pairs_items_and_counts_seeds():
     text = report._difference([(same, better), (same, same)])
     assert text.startswith("+25.0 [") and text.endswith("** (1/2)")
     assert report._difference([(better, better)]) == "+0.0 [+0.0, +0.0] (0/1)"
+
+
+def test_what_the_gate_chose_and_how_the_matrices_fit():
+    runs = [
+        {"arm": "sft", "seed": 1} | result({"none": "01"}),
+        {"arm": "cc", "seed": 1} | result({"none": "01", "matrix": "11"}),
+    ]
+    runs.append({"arm": "cc", "seed": 2} | result({"none": "01", "matrix": "11"}))
+    runs[2]["training"]["lines"][-1] |= {"gate_entropy": 1.0, "chosen_layers": {"sw": [6.0, 0.0]}}
+    runs[2]["fit"] = {"identity": 0.7, "matrix": 0.35, "rows: rows": 0.2}
+    lines = report._gates(runs).splitlines()
+    assert len(lines) == 3
+    found = dict(zip(lines[0].strip("| ").split(" | "), lines[2].strip("|").split("|")[1:], strict=True))
+    assert {name: value.strip() for name, value in found.items() if value.strip()} == {
+        "entropy": "0.75", "ratio": "2.00", "sw": "0 (70)", "yo": "0 (100)"
+    }  # fmt: skip
+    assert report._fits(runs).splitlines()[2] == "| cc | 0.600 | 0.300 | 0.200 |"
+
+
+def test_a_mode_that_one_seed_alone_was_asked_in():
+    runs = [
+        {"arm": arm, "seed": seed, "train_cpu_seconds": 1.0} | result({"none": "0110"})
+        for seed in (1, 2)
+        for arm in ("sft",)
+    ]
+    runs += [
+        {"arm": "cc", "seed": 1, "train_cpu_seconds": 1.0} | result({"none": "0110", "matrix": "0010"}),
+        {"arm": "cc", "seed": 2, "train_cpu_seconds": 1.0} | result({"none": "0110", "matrix": "1110", "rows": "1111"}),
+    ]
+    assert "| cc, matrix | 50.0 ± 35.4 |" in report._scores(runs)
+    assert "| cc, rows | 100.0 |" in report._scores(runs)
+    assert "| cc, rows | +50.0 [" in report._differences(runs) and "(1/1)" in report._differences(runs)
