@@ -78,8 +78,8 @@ def write_report(folder: Path, table: str, model: str, results: Results) -> Path
             "over that of the FFN output it joins, and each language's most chosen layer (from 0) with its share in "
             "percent.",
             _gates(results),
-            "The matrices: |S W - E| / |E| on pairs held out, mean over seeds: of NTREX, or of the training rows where it "
-            "says rows.",
+            "The matrices: |S W - E| / |E| on pairs held out, mean over seeds: of NTREX, or where it says rows, of the "
+            "training rows.",
             _fits(results),
             "Cost: CPU seconds a run, mean over seeds.",
             _costs(results),

@@ -57,11 +57,15 @@ def test_pairs_are_read_once_and_each_stands_beside_its_english(tmp_path):
     counting.remove()
     assert sum(seen) == 10 + 5  # an English prompt of two languages is read once
     assert pairs.source.shape == pairs.target.shape == (10, LAYERS, HIDDEN) and pairs.known == 8
-    english = {
-        text: model.anchor_activations(torch.tensor([Template().render_prompt([{"content": text}]).ids]))[:, 0]
-        for text in texts
-    }
-    # every English vector stands beside two rows, and both of them are held out, or neither
-    for vector in english.values():
-        places = [n for n, e in enumerate(pairs.target) if torch.allclose(e, vector, atol=1e-6)]
-        assert len(places) == 2 and len({place < pairs.known for place in places}) == 1
+
+    def read(text: str) -> torch.Tensor:
+        return model.anchor_activations(torch.tensor([Template().render_prompt([{"content": text}]).ids]))[:, 0]
+
+    for text in texts:
+        sides = set()
+        for lang in ("sw", "yo"):
+            source = read(f"{lang} {text}")
+            (place,) = [n for n, found in enumerate(pairs.source) if torch.allclose(found, source, atol=1e-6)]
+            torch.testing.assert_close(pairs.target[place], read(text), atol=1e-6, rtol=0)
+            sides.add(place < pairs.known)
+        assert len(sides) == 1  # all rows of an English prompt are held out, or none
