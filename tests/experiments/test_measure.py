@@ -65,7 +65,7 @@ def test_pairs_are_read_once_and_each_stands_beside_its_english(tmp_path):
         sides = set()
         for lang in ("sw", "yo"):
             source = read(f"{lang} {text}")
-            (place,) = [n for n, found in enumerate(pairs.source) if torch.allclose(found, source, atol=1e-6)]
-            torch.testing.assert_close(pairs.target[place], read(text), atol=1e-6, rtol=0)
+            (place,) = [n for n, found in enumerate(pairs.source) if torch.allclose(found, source, atol=1e-5)]
+            torch.testing.assert_close(pairs.target[place], read(text), atol=1e-5, rtol=0)
             sides.add(place < pairs.known)
         assert len(sides) == 1  # all rows of an English prompt are held out, or none
