@@ -37,16 +37,15 @@ ARMS = {
     "sft-english": Arm("sft", "train-english.jsonl", rows=2),
     "cc": Arm("cc"),
     "cc-nograd": Arm("cc", options={"english_grad": "false"}),
-    "cc-dropout": Arm("cc", options={"english_dropout": "0.5"}),
-    "cc-own": Arm("cc", options={"transform_share": "0.5"}),
     "cc-norm": Arm("cc", options={"fuse_norm": "match"}),
     "cc-norm-own": Arm("cc", options={"fuse_norm": "match", "transform_share": "0.5"}),
+    "cc-norm-dropout": Arm("cc", options={"fuse_norm": "match", "english_dropout": "0.5"}),
     "cc-soft": Arm("cc", options={"gate": "soft"}),
     "cc-layer6": Arm("cc", options={"fuse_layer": "6"}),
 }
 TABLES = {
     "main": ("sft", "sft-english", "cc", "cc-nograd"),
-    "improve": ("sft", "cc", "cc-norm", "cc-norm-own", "cc-dropout", "cc-own", "cc-soft", "cc-layer6"),
+    "improve": ("sft", "cc", "cc-norm", "cc-norm-own", "cc-norm-dropout", "cc-soft", "cc-layer6"),
 }
 """Name -> arms; the first is what the others are compared with."""
 

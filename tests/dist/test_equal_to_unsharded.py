@@ -36,12 +36,6 @@ def _cases() -> list[dict]:
     ]
     # with one micro-batch, no forward stands between its backward and the English one
     single = [others[0] | {"stage": stage, "accumulation": 1} for stage in (0, 1, 2, 3)]
-    own = [
-        three[0] | {"english_dropout": 0.2, "transform_share": 0.5},
-        others[1] | {"english_grad": False, "transform_share": 0.5},
-    ]
-    # with one micro-batch, no forward stands between its backward and the English one
-    single = [others[0] | {"stage": stage, "accumulation": 1} for stage in (0, 1, 2, 3)]
     # the English backward, the last, does not reach the LM head
     offload = [
         others[0] | {"stage": stage, "accumulation": accumulation, "offload": True}
