@@ -104,14 +104,19 @@ def _of(results: Results, arm: str, mode: str = "none") -> dict[int, dict[str, A
     return {r["seed"]: r for r in results if r["arm"] == arm and mode in r["tasks"]["sib200"]["correct"]}
 
 
+def _fewer(runs: dict[int, Any], results: Results) -> str:
+    """Which seeds, where these are not all: means over different seeds are not to be compared."""
+    all_seeds = {r["seed"] for r in results}
+    return "" if runs.keys() == all_seeds else f" (seed {', '.join(map(str, sorted(runs)))})"
+
+
 def _scores(results: Results) -> str:
     groups = groups_of(results)
     lines = []
     for arm, mode in _variants(results):
-        runs = _of(results, arm, mode).values()
-        lines.append(
-            [_name(arm, mode), *(_cell([100 * items(r, mode, group).mean() for r in runs]) for group in groups)]
-        )
+        runs = _of(results, arm, mode)
+        name = _name(arm, mode) + _fewer(runs, results)
+        lines.append([name, *(_cell([100 * items(r, mode, group).mean() for r in runs.values()]) for group in groups)])
     return _markdown(["", *(group.name for group in groups)], lines)
 
 

@@ -116,6 +116,8 @@ def run_one(places: Places, arm: str, seed: int, threads: int, max_steps: int | 
         seconds = _python("cc_ds/train.py", *options, log_file=run / "train.log", threads=threads)
         with open(run / "cpu_seconds.jsonl", "a", encoding="utf-8") as stream:  # one line per sitting
             stream.write(f"{seconds:.1f}\n")
+        if _state(run) != "finished":  # it was told to stop, saved a checkpoint and ended well
+            raise ValueError("the training was stopped before its end; start this again to go on")
     log.info("%s, seed %d: asking", arm, seed)
     _python("experiments/measure.py", "--model", run, "--data", places.data, "--method", ARMS[arm].method, "--seed",
             seed, "--batch_size", 32, "--output", run / "result.json", log_file=run / "measure.log",

@@ -87,6 +87,24 @@ def test_one_failure_does_not_stop_the_others(calls, tmp_path, monkeypatch):
     assert "cc-nograd, matrix" in (tmp_path / "results/main-gemma.md").read_text()
 
 
+def test_a_training_that_was_told_to_stop_is_not_asked(calls, tmp_path, monkeypatch):
+    good = run._python
+
+    def python(script, *words, **options):
+        seconds = good(script, *words, **options)
+        if "train.py" in script and "cc-seed1" in " ".join(map(str, words)):
+            (tmp_path / "out/runs/gemma/cc-seed1/run_state.json").write_text('{"state": "preempted"}')
+        return seconds
+
+    monkeypatch.setattr(run, "_python", python)
+    with pytest.raises(ValueError, match="cc-seed1: the training was stopped before its end"):
+        run.main(command(tmp_path, "--seeds", "1"))
+    assert (tmp_path / "out/runs/gemma/cc-seed1/checkpoint-5").is_dir(), "it can go on from there"
+    monkeypatch.setattr(run, "_python", good)
+    run.main(command(tmp_path, "--seeds", "1"))
+    assert (tmp_path / "out/runs/gemma/cc-seed1/result.json").is_file()
+
+
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("arm", ARMS)
 def test_every_arm_is_a_valid_run(arm, model, tmp_path):
@@ -136,5 +154,5 @@ def test_a_mode_that_one_seed_alone_was_asked_in():
         {"arm": "cc", "seed": 2, "train_cpu_seconds": 1.0} | result({"none": "0110", "matrix": "1110", "rows": "1111"}),
     ]
     assert "| cc, matrix | 50.0 ± 35.4 |" in report._scores(runs)
-    assert "| cc, rows | 100.0 |" in report._scores(runs)
+    assert "| cc, rows (seed 2) | 100.0 |" in report._scores(runs)
     assert "| cc, rows | +50.0 [" in report._differences(runs) and "(1/1)" in report._differences(runs)
