@@ -43,7 +43,7 @@ def calls(monkeypatch, tmp_path):
             folder = words[words.index("--output_dir") + 1]
             with open(f"{folder}/run_state.json", "w") as stream:
                 json.dump({"state": "finished"}, stream)
-            (tmp_path / "out/runs/gemma" / folder.rsplit("/")[-1] / "checkpoint-5").mkdir()
+            (tmp_path / "out/runs/gemma" / folder.rsplit("/")[-1] / "checkpoint-5").mkdir(exist_ok=True)
         return 7.0
 
     monkeypatch.setattr(run, "_python", python)
