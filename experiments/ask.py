@@ -68,7 +68,9 @@ def ask(
     model.eval()
     prompts = [_render(template, question.prompt) for question in questions]
     first_tokens = {options: _first_tokens(template, options) for options in {q.options for q in questions}}
-    english = _read_english(model, template, questions, batch_size) if transforms else {}
+    english_NLH = None
+    if transforms:
+        english_NLH = read_anchors(model, [_render(template, q.prompt_en) for q in questions], batch_size)
     generator = torch.Generator().manual_seed(seed)
     layers = model.config.num_hidden_layers
     drawn = torch.randint(layers, (len(questions),), generator=generator)
@@ -77,7 +79,11 @@ def ask(
         rows = [questions[number] for number in numbers]
         read = _Read(model, [prompts[number] for number in numbers])
         for mode, activations_LBH, connected in _activations(
-            read.source_LBH, rows, transforms, english, drawn[numbers]
+            read.source_LBH,
+            rows,
+            transforms,
+            None if english_NLH is None else english_NLH[numbers].transpose(0, 1),
+            drawn[numbers],
         ):
             logits_BV = read.again(activations_LBH, connected)
             for number, row, logits_V in zip(numbers, rows, logits_BV, strict=True):
@@ -120,7 +126,7 @@ class _Read:
 
 
 def _activations(
-    source_LBH: Tensor, rows: Sequence[Question], transforms: Mapping[str, Tensor], english, drawn: Tensor
+    source_LBH: Tensor, rows: Sequence[Question], transforms: Mapping[str, Tensor], english_LBH, drawn: Tensor
 ) -> Iterator[tuple[str, Tensor | None, Tensor | None]]:
     """(mode, what stands for E, which rows are connected)."""
     yield "none", None, None
@@ -135,20 +141,16 @@ def _activations(
     chosen_BH = by_matrix_LBH[drawn, torch.arange(batch)]
     yield "random", chosen_BH.expand(layers, -1, -1).contiguous(), None
     yield "mean", by_matrix_LBH.mean(dim=0, keepdim=True).expand(layers, -1, -1).contiguous(), None
-    english_LBH = torch.stack([english[row.prompt_en] for row in rows], dim=1)
     yield "english", english_LBH, torch.tensor([row.lang != "en" for row in rows])
 
 
-def _read_english(model, template, questions, batch_size) -> dict[str, Tensor]:
-    """(L, H) of every English prompt."""
-    prompts = list(dict.fromkeys(question.prompt_en for question in questions))
-    return dict(
-        zip(
-            prompts,
-            anchor_activations(model, [_render(template, prompt) for prompt in prompts], batch_size=batch_size),
-            strict=True,
-        )
-    )
+def read_anchors(model, prompts: Sequence[RenderedPrompt], batch_size: int) -> Tensor:
+    """(N, L, H) of every prompt, each different one read once: several languages share an English prompt."""
+    keys = [tuple(prompt.ids) for prompt in prompts]
+    distinct = dict(zip(keys, prompts, strict=True))
+    order = {key: number for number, key in enumerate(distinct)}
+    read = anchor_activations(model, list(distinct.values()), batch_size=batch_size)
+    return read[[order[key] for key in keys]]
 
 
 def _first_tokens(template: Template, options: Sequence[str]) -> list[int]:

@@ -27,10 +27,9 @@ from torch import Tensor
 from cc_ds import cli
 from cc_ds.data.pairs import read_rows
 from cc_ds.eval.run import write_json
-from cc_ds.transform.collect import anchor_activations
 from cc_ds.transform.fit import fit_transform
 from cc_ds.transform.sample import sample_pairs
-from experiments.ask import Question, ask, correct
+from experiments.ask import Question, ask, correct, read_anchors
 
 RIDGES = (0.01, 0.1, 1.0)
 PAIRS = {"pairs.jsonl": 500, "train.jsonl": 1000}
@@ -97,14 +96,10 @@ def read_pairs(model, template, path: Path, count: int, batch_size: int, seed: i
     rows, _ = read_rows([path], require_response=False)
     fit, held_out = sample_pairs(rows, count, HELD_OUT, seed)
     chosen = [rows[index] for index in fit + held_out]
-    both = []
-    for side in ("prompt", "prompt_en"):
-        texts = [json.dumps(getattr(row, side)) for row in chosen]  # several languages share an English prompt
-        distinct = list(dict.fromkeys(texts))
-        prompts = [template.render_prompt(json.loads(text)) for text in distinct]
-        read = anchor_activations(model, prompts, batch_size=batch_size)
-        order = {text: number for number, text in enumerate(distinct)}
-        both.append(read[[order[text] for text in texts]])
+    both = (
+        read_anchors(model, [template.render_prompt(getattr(row, side)) for row in chosen], batch_size)
+        for side in ("prompt", "prompt_en")
+    )
     return Pairs(*both, known=len(fit))
 
 
