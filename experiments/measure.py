@@ -14,6 +14,7 @@ import os
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = cli.tool_parser(__doc__)
     parser.add_argument("--data", type=Path, required=True, help="what prepare_data.py wrote")
     parser.add_argument("--method", choices=("cc", "sft"), required=True)
+    parser.add_argument("--without", nargs="*", default=[], metavar="LANG", help="languages not to ask in")
+    parser.add_argument("--every", type=cli.positive, default=1, help="ask one item in so many (default 1: all)")
     parser.add_argument("--output", type=Path, required=True, help="json file for the result")
     args = parser.parse_args(argv)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
@@ -58,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
             transforms["trained"] = trained.matrix
     tasks = {}
     for path in sorted((args.data / "ask").glob("*.jsonl")):
-        questions = read_questions(path)
+        questions = read_questions(path, args.without, args.every)
         answers = ask(model, template, questions, transforms, args.batch_size, args.seed)
         tasks[path.stem] = {"correct": correct(questions, answers), "given": _given(answers)}
     result = {"tasks": tasks, "fit": fits, "measure_cpu_seconds": time.process_time()}
@@ -123,10 +126,11 @@ def fit_matrices(general: Pairs, rows: Pairs) -> tuple[dict[str, Tensor], dict[s
     return matrices, errors
 
 
-def read_questions(path: Path) -> list[Question]:
-    """The questions of a file that prepare_data.py wrote."""
+def read_questions(path: Path, without: Sequence[str] = (), every: int = 1) -> list[Question]:
+    """The questions of a file that prepare_data.py wrote: one item in `every`, in all languages but those `without`."""
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return [Question(**row | {"options": tuple(row["options"])}) for row in rows]
+    kept = (row for row in rows if row["item"] % every == 0 and row["lang"] not in without)
+    return [Question(**row | {"options": tuple(row["options"])}) for row in kept]
 
 
 def _given(answers: dict[str, list[str]]) -> dict[str, dict[str, int]]:

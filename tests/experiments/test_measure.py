@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cc_ds.data.templates import RenderedPrompt
-from experiments.measure import Pairs, fit_matrices, read_pairs
+from experiments.measure import Pairs, fit_matrices, read_pairs, read_questions
 from tests.tiny_models import HIDDEN, LAYERS, cc_model
 
 
@@ -69,3 +69,15 @@ def test_pairs_are_read_once_and_each_stands_beside_its_english(tmp_path):
             torch.testing.assert_close(pairs.target[place], read(text), atol=1e-5, rtol=0)
             sides.add(place < pairs.known)
         assert len(sides) == 1  # all rows of an English prompt are held out, or none
+
+
+def test_the_same_items_are_asked_in_every_language_that_is_asked(tmp_path):
+    path = tmp_path / "task.jsonl"
+    rest = {"prompt": "p", "prompt_en": "p", "options": ["a", "b"], "answer": "a"}
+    with open(path, "w") as stream:
+        for lang in ("sw", "te", "en"):
+            for item in range(5):
+                stream.write(json.dumps({"item": item, "lang": lang, **rest}) + "\n")
+    found = read_questions(path, ["te"], every=2)
+    assert [(q.lang, q.item) for q in found] == [(lang, item) for lang in ("sw", "en") for item in (0, 2, 4)]
+    assert found[0].options == ("a", "b") and len(read_questions(path)) == 15

@@ -1,6 +1,7 @@
 """What is missing is run, what is there is kept; the report's figures."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -43,7 +44,7 @@ def calls(monkeypatch, tmp_path):
             folder = words[words.index("--output_dir") + 1]
             with open(f"{folder}/run_state.json", "w") as stream:
                 json.dump({"state": "finished"}, stream)
-            (tmp_path / "out/runs/gemma" / folder.rsplit("/")[-1] / "checkpoint-5").mkdir(exist_ok=True)
+            Path(folder, "checkpoint-5").mkdir(exist_ok=True)
         return 7.0
 
     monkeypatch.setattr(run, "_python", python)
@@ -70,6 +71,13 @@ def test_only_what_is_missing_is_run(calls, tmp_path, capsys):
     run.main(command(tmp_path, "--seeds", "2"))
     assert {words[words.index("--seed") + 1] for script, words in calls if "train.py" in script} == {"2"}
     assert "| cc, matrix | +50.0 [" in (tmp_path / "results/main-gemma.md").read_text()
+
+
+def test_a_model_is_asked_what_it_is_to_be_asked(calls, tmp_path):
+    run.main(command(tmp_path, "--seeds", "1", "--model", "smollm2"))
+    words = next(words for script, words in calls if "measure" in script)
+    start = words.index("--every")
+    assert words[start : start + 6] == ["--every", "2", "--without", "bn", "te", "--output"]
 
 
 def test_one_failure_does_not_stop_the_others(calls, tmp_path, monkeypatch):
