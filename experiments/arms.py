@@ -59,6 +59,7 @@ ARMS = {
 }
 TABLES = {
     "main": ("sft", "sft-english", "cc", "cc-nograd"),
+    "best": ("sft", "sft-english", "cc-norm"),
     "improve": ("sft", "cc", "cc-norm", "cc-norm-own", "cc-norm-dropout", "cc-soft", "cc-layer6"),
 }
 """Name -> arms; the first is what the others are compared with."""

@@ -5,7 +5,7 @@
     train.jsonl          SIB-200 train in the target languages, each row with its English twin
     train-english.jsonl  the same rows, and beside each its English twin as a row of its own (augmentation)
     pairs.jsonl          NTREX sentences in the same prompt, target languages and English, for the Transform Matrix
-    ask/TASK.jsonl       questions with options: sib200 (dev, all languages), xnli, xstorycloze
+    ask/TASK.jsonl       questions with options: sib200 (dev, or what --split says; all languages), xnli, xstorycloze
     vocabulary.jsonl     prompts whose tokens a pruned model keeps besides
 
 A prompt is the sentence and a question in its language; the answer is one English word in every language and arm, so
@@ -53,12 +53,20 @@ def main(argv: list[str] | None = None) -> None:
         "--data", type=Path, default=Path("../shared/data"), help="folder with sib200, ntrex, benchmarks"
     )
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--benchmark_rows", type=cli.positive, default=20, help="per language (default 20)")
+    add_choice(parser)
     args = parser.parse_args(argv)
-    prepare(args.data, args.output, args.benchmark_rows)
+    prepare(args.data, args.output, args.split, args.benchmark_rows)
 
 
-def prepare(data: Path, output: Path, benchmark_rows: int = 20) -> None:
+def add_choice(parser: argparse.ArgumentParser) -> None:
+    """The options that say what is asked."""
+    parser.add_argument("--split", default="dev", help="SIB-200 rows that are asked, LANG.SPLIT.jsonl (default dev)")
+    parser.add_argument(
+        "--benchmark_rows", type=cli.positive, default=20, help="of XNLI and XStoryCloze, per language (default 20)"
+    )
+
+
+def prepare(data: Path, output: Path, split: str = "dev", benchmark_rows: int = 20) -> None:
     """Write every file into `output`.
 
     Raises:
@@ -66,12 +74,12 @@ def prepare(data: Path, output: Path, benchmark_rows: int = 20) -> None:
     """
     wording = read_yaml(str(WORDING))
     train = {lang: _sib(data, lang, "train") for lang in ("en", *TARGETS)}
-    dev = {lang: _sib(data, lang, "dev") for lang in ("en", *TARGETS, *LEFT_OUT)}
+    asked = {lang: _sib(data, lang, split) for lang in ("en", *TARGETS, *LEFT_OUT)}
     _check_parallel(train)
-    _check_parallel(dev)
-    asked = {row["text"] for rows in dev.values() for row in rows}
-    if overlap := [row["text"] for rows in train.values() for row in rows if row["text"] in asked]:
-        raise ValueError(f"{data}/sib200: a sentence stands in train and in dev: {overlap[0]!r}")
+    _check_parallel(asked)
+    sentences = {row["text"] for rows in asked.values() for row in rows}
+    if overlap := [row["text"] for rows in train.values() for row in rows if row["text"] in sentences]:
+        raise ValueError(f"{data}/sib200: a sentence stands in train and in {split}: {overlap[0]!r}")
 
     def prompt(lang: str, text: str) -> str:
         return f"{text}\n{wording[lang]}"
@@ -80,7 +88,7 @@ def prepare(data: Path, output: Path, benchmark_rows: int = 20) -> None:
     _write(output / "train.jsonl", rows)
     _write(output / "train-english.jsonl", (each for row in rows for each in (row, _english(row))))
     _write(output / "pairs.jsonl", _pairs(data, prompt))
-    _write(output / "ask" / "sib200.jsonl", _questions(dev, prompt))
+    _write(output / "ask" / "sib200.jsonl", _questions(asked, prompt))
     for name in BENCHMARKS:
         _write(output / "ask" / f"{name.lower()}.jsonl", _benchmark(data, name, benchmark_rows))
     everything = (_read_sentences(data, lang) for lang in wording)
@@ -113,9 +121,9 @@ def _pairs(data: Path, prompt) -> Iterator[dict[str, str]]:
             yield {"instruction": prompt(lang, text), "instruction_en": prompt("en", twin), "lang": lang}
 
 
-def _questions(dev: dict[str, list[dict]], prompt) -> Iterator[dict[str, Any]]:
-    for lang, rows in dev.items():
-        for item, (row, english) in enumerate(zip(rows, dev["en"], strict=True)):
+def _questions(asked: dict[str, list[dict]], prompt) -> Iterator[dict[str, Any]]:
+    for lang, rows in asked.items():
+        for item, (row, english) in enumerate(zip(rows, asked["en"], strict=True)):
             yield {
                 "item": item,
                 "lang": lang,

@@ -72,7 +72,7 @@ def write_report(folder: Path, table: str, model: str, results: Results) -> Path
             f"Difference from {results[0]['arm']} in points, 95 % interval over items, * p < 0.05, ** p < 0.01; in "
             "brackets, seeds with a higher score.",
             _differences(results),
-            "By language (SIB-200 dev).",
+            "By language (SIB-200).",
             _languages(results),
             "The gate at the end of training (last log line, mean over seeds): its entropy, the norm of what is fused "
             "over that of the FFN output it joins, and each language's most chosen layer (from 0) with its share in "

@@ -5,7 +5,9 @@
 
 Prepares data and model once, then trains each arm with each seed by cc_ds/train.py and asks it (measure.py). A run that
 has its result.json is done; one that was stopped goes on from its checkpoint. Stop it and start it again as you like:
-runs are taken seed by seed, so that after each seed every arm has it. Results land in experiments/results.
+runs are taken seed by seed, so that after each seed every arm has it. Results land in experiments/results. Whoever asks
+other rows (--split, --benchmark_rows) or makes a trial (--max_steps) gives another --output and --results: what stands
+there is taken for done.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ if __name__ == "__main__":
 
 from cc_ds import cli
 from experiments.arms import ARMS, MODELS, TABLES, train_options
+from experiments.prepare_data import add_choice
 from experiments.report import write_report
 
 REPO = Path(__file__).resolve().parents[1]
@@ -61,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     log.setLevel(logging.INFO)
     places = Places(args.output.resolve(), args.model)
-    prepare(places, args.data, args.packages)
+    prepare(places, args)
     runs = [(arm, seed) for seed in range(1, args.seeds + 1) for arm in TABLES[args.table]]
     missing = [run for run in runs if not (places.run(*run) / "result.json").is_file()]
     log.info("%d runs, %d to do, %d at a time", len(runs), len(missing), args.jobs)
@@ -86,19 +89,21 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--data", type=Path, default=Path("../shared/data"), help="folder with sib200, ntrex, benchmarks"
     )
+    add_choice(parser)
     parser.add_argument("--packages", type=Path, help="folder that pip installed the model's packages into")
     parser.add_argument("--output", type=Path, default=Path("experiments_output"), help="rows, models and runs")
     parser.add_argument("--results", type=Path, default=REPO / "experiments" / "results", help="json and the table")
-    parser.add_argument("--max_steps", type=cli.positive, help="a trial of so many steps; give it another --output")
+    parser.add_argument("--max_steps", type=cli.positive, help="a trial of so many steps")
     return parser.parse_args(argv)
 
 
-def prepare(places: Places, data: Path, packages: Path | None) -> None:
+def prepare(places: Places, args: argparse.Namespace) -> None:
     """Rows and model, unless they are there."""
     if not (places.data / "vocabulary.jsonl").is_file():  # what is written last
-        _python("experiments/prepare_data.py", "--data", data.resolve(), "--output", places.data)
+        _python("experiments/prepare_data.py", "--data", args.data.resolve(), "--output", places.data, "--split",
+                args.split, "--benchmark_rows", args.benchmark_rows)  # fmt: skip
     if not places.start.is_dir():
-        found = () if packages is None else ("--packages", packages.resolve())
+        found = () if args.packages is None else ("--packages", args.packages.resolve())
         places.start.parent.mkdir(parents=True, exist_ok=True)
         _python("experiments/prepare_model.py", "--model", places.model, "--data", places.data, "--output",
                 places.start, *found)  # fmt: skip

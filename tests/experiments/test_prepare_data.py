@@ -64,6 +64,18 @@ def test_questions_and_pairs(data, tmp_path):
     assert len(pairs) == 2 * len(TARGETS) and pairs[1]["instruction_en"].startswith("en news")
 
 
+def test_another_split_is_asked_when_told_so(data, tmp_path):
+    for lang in ("en", *TARGETS, *LEFT_OUT):
+        write(data / "sib200" / f"{lang}.test.jsonl", json.dumps({"id": 9, "label": "travel", "text": f"{lang} held"}))
+    prepare(data, tmp_path / "out", "test")
+    assert [row["prompt"].split("\n")[0] for row in read(tmp_path / "out/ask/sib200.jsonl")][:2] == [
+        "en held",
+        "sw held",
+    ]
+    prepare(data, tmp_path / "dev")
+    assert (tmp_path / "dev/train.jsonl").read_text() == (tmp_path / "out/train.jsonl").read_text()
+
+
 def test_a_sentence_that_is_asked_about_is_never_trained_on(data, tmp_path):
     path = data / "sib200" / "th.train.jsonl"
     write(path, path.read_text(encoding="utf-8").replace("th train 2", "th dev 0"))

@@ -74,7 +74,8 @@ def test_only_what_is_missing_is_run(calls, tmp_path, capsys):
 
 
 def test_a_model_is_asked_what_it_is_to_be_asked(calls, tmp_path):
-    run.main(command(tmp_path, "--seeds", "1", "--model", "smollm2"))
+    run.main(command(tmp_path, "--seeds", "1", "--model", "smollm2", "--split", "test", "--benchmark_rows", "50"))
+    assert calls[0][1][-4:] == ["--split", "test", "--benchmark_rows", "50"]
     words = next(words for script, words in calls if "measure" in script)
     start = words.index("--every")
     assert words[start : start + 6] == ["--every", "2", "--without", "bn", "te", "--output"]
