@@ -140,6 +140,9 @@ class TrainConfig:
     """Optimiser steps; -1: as many as the epochs take."""
     learning_rate: float = 1e-5
     """The peak."""
+    connection_learning_rate: float | None = None
+    """The peak for the Decision Maker and for W of transform_share, which are new weights beside pretrained ones; None:
+    learning_rate, as in the paper."""
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
     """After the warm-up."""
     warmup_ratio: float = 0.03
@@ -192,6 +195,8 @@ class TrainConfig:
             _require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
         for name in ("learning_rate", "num_train_epochs"):
             _require(getattr(self, name) > 0, name, getattr(self, name), "positive")
+        rate = self.connection_learning_rate
+        _require(rate is None or rate > 0, "connection_learning_rate", rate, "positive")
         zero_or_more = (
             "max_tokens_per_micro_batch",
             "eval_steps",

@@ -17,6 +17,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from cc_ds.config import TrainConfig
 from cc_ds.dist.group import Group
 from cc_ds.dist.zero import is_split
+from cc_ds.export import CONNECTION_TENSORS
 
 
 class SkippingAdamW(torch.optim.AdamW):
@@ -149,13 +150,9 @@ def build_engine(model: nn.Module, config: dict[str, Any], train: TrainConfig, t
     from cc_ds.dist.writer import CheckpointWriter
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    no_decay = [p for name, p in model.named_parameters() if p.requires_grad and _is_norm_or_bias(name, p)]
-    skip = set(map(id, no_decay))
-    decay = [p for p in model.parameters() if p.requires_grad and id(p) not in skip]
     adamw = functools.partial(SkippingAdamW, ranks=group) if zero_stage(config) == 0 else torch.optim.AdamW
-    decays = [(decay, train.weight_decay), (no_decay, 0.0)]
     optimizer = adamw(
-        [{"params": params, "weight_decay": rate} for params, rate in decays if params],  # LoRA trains no norm
+        parameter_groups(model, train),
         lr=train.learning_rate,
         betas=(train.adam_beta1, train.adam_beta2),
         eps=train.adam_epsilon,
@@ -173,6 +170,20 @@ def build_engine(model: nn.Module, config: dict[str, Any], train: TrainConfig, t
     engine.checkpoint_engine = CheckpointWriter()
     engine._copy_recovery_script = lambda folder: None  # tools/export.py does that; a full disk would raise in it
     return engine
+
+
+def parameter_groups(model: nn.Module, train: TrainConfig) -> list[dict[str, Any]]:
+    """The optimiser's groups: weights, norms and biases, and the connection where it has a learning rate of its own."""
+    rate = train.connection_learning_rate
+    weights: dict[str, Any] = {"params": [], "weight_decay": train.weight_decay}
+    norms: dict[str, Any] = {"params": [], "weight_decay": 0.0}
+    connection: dict[str, Any] = {"params": [], "weight_decay": train.weight_decay, "lr": rate}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            apart = rate is not None and name in CONNECTION_TENSORS
+            group = connection if apart else norms if _is_norm_or_bias(name, parameter) else weights
+            group["params"].append(parameter)
+    return [group for group in (weights, norms, connection) if group["params"]]  # LoRA trains no norm
 
 
 def begin_backward(engine, last: bool, after_forward: bool = True) -> None:

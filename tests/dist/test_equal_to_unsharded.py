@@ -43,7 +43,8 @@ def _cases() -> list[dict]:
         for accumulation in (1, 2)
     ]
     sft = {"stage": 3, "english_grad": True, "checkpointing": True, "method": "sft"}
-    return [*three, *others, dropout, *own, *single, *offload, *budgets, sft]
+    faster = [case | {"connection_learning_rate": 5e-2} for case in (own[0], others[0], others[1])]
+    return [*three, *others, dropout, *own, *faster, *single, *offload, *budgets, sft]
 
 
 def _settings(case: dict) -> Settings:

@@ -43,7 +43,7 @@ def runs(base_command, request, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("elsewhere")
     # as many micro-batches as one rank needs for 8 rows; other numbers of ranks change that by themselves
     common = [*base_command, "--per_device_train_batch_size", "1", "--gradient_accumulation_steps", str(ROWS),
-              "--num_train_epochs", "2"]  # fmt: skip
+              "--num_train_epochs", "2", "--connection_learning_rate", "3e-2"]  # fmt: skip
     whole = folder / "whole"
     cases = [{"ranks": 1, "command": [*common, "--output_dir", str(whole)], "rows": f"{whole}-rows"}]
     items = [item for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]

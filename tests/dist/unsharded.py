@@ -27,6 +27,7 @@ class Settings:
     english_dropout: float = 0.0
     transform_share: float = 0.0
     learning_rate: float = 1e-2
+    connection_learning_rate: float | None = None
     adam_epsilon: float = 1e-8
     max_grad_norm: float = 1.0
     seed: int = 42
@@ -36,7 +37,8 @@ class Settings:
         return [
             "--max_steps", str(self.steps), "--method", self.method, "--english_grad", str(self.english_grad),
             "--english_dropout", str(self.english_dropout), "--transform_share", str(self.transform_share),
-            "--learning_rate", str(self.learning_rate),
+            "--learning_rate", str(self.learning_rate), "--connection_learning_rate",
+            str(self.connection_learning_rate).lower(),
             "--adam_epsilon", str(self.adam_epsilon), "--max_grad_norm", str(self.max_grad_norm), "--seed",
             str(self.seed),
         ]  # fmt: skip
@@ -68,10 +70,16 @@ def train_unsharded(model, tokenizer_folder, rows_file, cache, settings: Setting
     )
     stream = BatchStream(rows, settings.batch_size, seed=settings.seed)
     collate = CCCollator(0, connect=settings.method == "cc")
-    matrices = [p for p in model.parameters() if p.requires_grad and p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.requires_grad and p.dim() == 1]
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    connection = [p for name, p in trained.items() if name.startswith(("decision_maker", "trained_transform"))]
+    matrices = [p for p in trained.values() if p.dim() > 1 and not any(p is other for other in connection)]
+    vectors = [p for p in trained.values() if p.dim() == 1]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    if connection:
+        rate = settings.connection_learning_rate or settings.learning_rate
+        groups.append({"params": connection, "weight_decay": 0.1, "lr": rate})
     optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
+        groups,
         lr=settings.learning_rate, eps=settings.adam_epsilon,
     )  # fmt: skip
     warm_up = round(0.2 * settings.steps)
