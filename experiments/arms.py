@@ -1,9 +1,7 @@
 """What is compared: how each arm is trained, and which tables there are. configs/MODEL.yaml has what all arms share.
 
-All arms start from the same model and take the same steps; a step holds the same rows in the same order for the same
-seed, so every arm sees the same target rows. In sft-english each target row has its English twin beside it as a row of
-its own and a step holds twice the rows: the same number of target rows (on average over the shuffle), and as many
-English prompts as CC-Tuning reads.
+All arms start from the same model and take the same steps, and a step holds the same target rows for the same seed. In
+sft-english each of them has its English twin beside it as a row of its own: the English prompts that CC-Tuning reads.
 """
 
 from __future__ import annotations
@@ -38,31 +36,36 @@ class Arm:
 
     method: str
     """cc or sft."""
-    train_file: str = "train.jsonl"
-    """Of the prepared data."""
-    rows: int = 1
-    """Rows of a step, in multiples of the others'."""
+    twins: bool = False
+    """Whether a step holds, beside its rows, the English twin of each."""
     options: dict[str, str] = field(default_factory=dict)
     """Further options of cc_ds/train.py."""
 
 
+FASTER = {"connection_learning_rate": "1.0e-3"}
+"""At the model's 2e-5, 40 steps move the Decision Maker by a hundredth of its start, and W by a thousandth."""
 ARMS = {
     "sft": Arm("sft"),
-    "sft-english": Arm("sft", "train-english.jsonl", rows=2),
+    "sft-english": Arm("sft", twins=True),
     "cc": Arm("cc"),
     "cc-nograd": Arm("cc", options={"english_grad": "false"}),
     "cc-norm": Arm("cc", options={"fuse_norm": "match"}),
-    "cc-norm-own": Arm("cc", options={"fuse_norm": "match", "transform_share": "0.5"}),
+    "cc-norm-own": Arm("cc", options={"fuse_norm": "match", "transform_share": "0.5"} | FASTER),
     "cc-norm-dropout": Arm("cc", options={"fuse_norm": "match", "english_dropout": "0.5"}),
-    "cc-soft": Arm("cc", options={"gate": "soft"}),
-    "cc-layer6": Arm("cc", options={"fuse_layer": "6"}),
+    "cc-faster": Arm("cc", options=FASTER),
+    "cc-soft": Arm("cc", options={"gate": "soft"} | FASTER),
+    "cc-layer6": Arm("cc", options={"fuse_layer": "6"} | FASTER),
 }
 TABLES = {
     "main": ("sft", "sft-english", "cc", "cc-nograd"),
     "best": ("sft", "sft-english", "cc-norm"),
-    "improve": ("sft", "cc", "cc-norm", "cc-norm-own", "cc-norm-dropout", "cc-soft", "cc-layer6"),
+    "improve": ("sft", "cc", "cc-norm", "cc-norm-own", "cc-norm-dropout", "cc-faster", "cc-soft", "cc-layer6"),
 }
 """Name -> arms; the first is what the others are compared with."""
+
+
+TWINS = "train-with-twins.jsonl"
+"""In the run's folder, where an arm has twins (run.py writes it)."""
 
 
 def settings(model: str) -> dict[str, Any]:
@@ -82,10 +85,10 @@ def train_options(name: str, model: str, seed: int, data: Path, start: Path, run
     options = {
         "config": CONFIGS / f"{model}.yaml",
         "model_name_or_path": start,
-        "train_file": data / arm.train_file,
+        "train_file": run / TWINS if arm.twins else data / "train.jsonl",
         "output_dir": run,
         "method": arm.method,
-        "per_device_train_batch_size": settings(model)["per_device_train_batch_size"] * arm.rows,
+        "per_device_train_batch_size": settings(model)["per_device_train_batch_size"] * (1 + arm.twins),
         "seed": seed,
         "resume_from_checkpoint": "latest",
     } | arm.options

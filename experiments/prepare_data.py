@@ -3,7 +3,6 @@
     python experiments/prepare_data.py --data ../shared/data --output experiments_output/data
 
     train.jsonl          SIB-200 train in the target languages, each row with its English twin
-    train-english.jsonl  the same rows, and beside each its English twin as a row of its own (augmentation)
     pairs.jsonl          NTREX sentences in the same prompt, target languages and English, for the Transform Matrix
     ask/TASK.jsonl       questions with options: sib200 (dev, or what --split says; all languages), xnli, xstorycloze
     vocabulary.jsonl     prompts whose tokens a pruned model keeps besides
@@ -84,9 +83,7 @@ def prepare(data: Path, output: Path, split: str = "dev", benchmark_rows: int = 
     def prompt(lang: str, text: str) -> str:
         return f"{text}\n{wording[lang]}"
 
-    rows = list(_training_rows(train, prompt))
-    _write(output / "train.jsonl", rows)
-    _write(output / "train-english.jsonl", (each for row in rows for each in (row, _english(row))))
+    _write(output / "train.jsonl", _training_rows(train, prompt))
     _write(output / "pairs.jsonl", _pairs(data, prompt))
     _write(output / "ask" / "sib200.jsonl", _questions(asked, prompt))
     for name in BENCHMARKS:
@@ -107,11 +104,6 @@ def _training_rows(train: dict[str, list[dict]], prompt) -> Iterator[dict[str, s
                 "output": TOPICS[row["label"]],
                 "lang": lang,
             }
-
-
-def _english(row: dict[str, str]) -> dict[str, str]:
-    """A row's English twin as a plain row."""
-    return {"instruction": row["instruction_en"], "output": row["output"], "lang": "en"}
 
 
 def _pairs(data: Path, prompt) -> Iterator[dict[str, str]]:

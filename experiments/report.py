@@ -69,14 +69,14 @@ def write_report(folder: Path, table: str, model: str, results: Results) -> Path
             f"# {table}, {model}: seeds {', '.join(map(str, seeds))}; {hours:.2f} CPU hours",
             "Accuracy in percent, mean ± standard deviation over seeds.",
             _scores(results),
-            f"Difference from {results[0]['arm']} in points, 95 % interval over items, * p < 0.05, ** p < 0.01; in "
-            "brackets, seeds with a higher score.",
+            f"Difference from {results[0]['arm']} in points ± standard deviation over seeds; 95 % interval over items, "
+            "which knows nothing of other seeds, * p < 0.05, ** p < 0.01; in brackets, seeds with a higher score.",
             _differences(results),
             "By language (SIB-200).",
             _languages(results),
-            "The gate at the end of training (last log line, mean over seeds): its entropy, the norm of what is fused "
-            "over that of the FFN output it joins, and each language's most chosen layer (from 0) with its share in "
-            "percent.",
+            "The gate at the end of training (last log line): its entropy and the norm of what is fused over that of "
+            "the FFN output it joins, means over seeds; and, seed by seed, each language's most chosen layer (from 0) "
+            "with its share in percent.",
             _gates(results),
             "The matrices: |S W - E| / |E| on pairs held out, mean over seeds: of NTREX, or where it says rows, of the "
             "training rows.",
@@ -142,9 +142,11 @@ def _difference(pairs: list[tuple[np.ndarray, np.ndarray]]) -> str:
     """`pairs`: per seed, the baseline's item scores and the other's."""
     before, after = (np.mean(scores, axis=0) for scores in zip(*pairs))
     found = compare({"items": before.tolist()}, {"items": after.tolist()})
-    higher = sum(other.mean() > base.mean() for base, other in pairs)
+    gains = [100 * (other.mean() - base.mean()) for base, other in pairs]
+    spread = f" ± {statistics.stdev(gains):.1f}" if len(gains) > 1 else ""
     interval = f"[{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
-    return f"{100 * found.mean:+.1f} {interval}{significance_mark(found.p)} ({higher}/{len(pairs)})"
+    higher = sum(gain > 0 for gain in gains)
+    return f"{100 * found.mean:+.1f}{spread} {interval}{significance_mark(found.p)} ({higher}/{len(pairs)})"
 
 
 def _languages(results: Results) -> str:
@@ -169,34 +171,39 @@ def _gates(results: Results) -> str:
         if not ends:
             continue
         figures = [f"{statistics.mean(end[key] for end in ends):.2f}" for key in ("gate_entropy", "fusion_ratio")]
-        layers = [end["chosen_layers"] for end in ends]
-        chosen = [np.sum([counts[lang] for counts in layers if lang in counts], axis=0) for lang in langs]
-        favourites = [f"{int(c.argmax())} ({100 * c.max() / c.sum():.0f})" if np.any(c) else "" for c in chosen]
-        lines.append([arm, *figures, *favourites])
+        lines.append(
+            [arm, *figures, *(", ".join(_favourite(end["chosen_layers"].get(lang)) for end in ends) for lang in langs)]
+        )
     return _markdown(["", "entropy", "ratio", *langs], lines)
 
 
+def _favourite(counts: Sequence[float] | None) -> str:
+    """The layer that was chosen most and its share; - where the language was not in the rows."""
+    return f"{int(np.argmax(counts))} ({100 * max(counts) / sum(counts):.0f})" if counts else "-"
+
+
 def _fits(results: Results) -> str:
-    fits = {arm: [r["fit"] for r in _of(results, arm).values()] for arm in dict.fromkeys(r["arm"] for r in results)}
-    fits = {arm: found for arm, found in fits.items() if all(found)}
-    names = list(dict.fromkeys(name for found in fits.values() for fit in found for name in fit))
-    lines = [
-        [arm, *(_mean_error([fit[name] for fit in found if name in fit]) for name in names)]
-        for arm, found in fits.items()
-    ]
+    fits = {
+        arm: [r for r in results if r["arm"] == arm and r["fit"]] for arm in dict.fromkeys(r["arm"] for r in results)
+    }
+    names = list(dict.fromkeys(name for r in results for name in r["fit"] or ()))
+    lines = []
+    for arm, runs in fits.items():
+        having = [{r["seed"]: r["fit"][name] for r in runs if name in r["fit"]} for name in names]
+        cells = [f"{statistics.mean(e.values()):.3f}{_fewer(e, results)}" if e else "" for e in having]
+        if runs:
+            lines.append([arm, *cells])
     return _markdown(["", *names], lines)
-
-
-def _mean_error(errors: Sequence[float]) -> str:
-    return f"{statistics.mean(errors):.3f}" if errors else ""
 
 
 def _costs(results: Results) -> str:
     lines = []
     for arm in dict.fromkeys(r["arm"] for r in results):
-        runs = _of(results, arm).values()
-        known = [[r[key] for r in runs if r[key] is not None] for key in ("train_cpu_seconds", "measure_cpu_seconds")]
-        lines.append([arm, *(f"{statistics.mean(seconds):.0f}" if seconds else "?" for seconds in known)])
+        cells = []
+        for key in ("train_cpu_seconds", "measure_cpu_seconds"):
+            known = {r["seed"]: r[key] for r in results if r["arm"] == arm and r[key] is not None}
+            cells.append(f"{statistics.mean(known.values()):.0f}{_fewer(known, results)}" if known else "?")
+        lines.append([arm, *cells])
     return _markdown(["", "training", "matrices and questions"], lines)
 
 

@@ -29,7 +29,8 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from cc_ds import cli
-from experiments.arms import ARMS, MODELS, TABLES, train_options
+from cc_ds.data.batches import BatchStream
+from experiments.arms import ARMS, MODELS, TABLES, TWINS, train_options
 from experiments.prepare_data import add_choice
 from experiments.report import write_report
 
@@ -115,6 +116,8 @@ def run_one(places: Places, arm: str, seed: int, threads: int, max_steps: int | 
     run.mkdir(parents=True, exist_ok=True)
     if _state(run) != "finished":
         log.info("%s, seed %d: training", arm, seed)
+        if ARMS[arm].twins:
+            write_twins(places.data / "train.jsonl", seed, run / TWINS)
         options = train_options(arm, places.model, seed, places.data, places.start, run)
         options += ["--data_cache_dir", str(places.output / "cache")]
         options += [] if max_steps is None else ["--max_steps", str(max_steps)]
@@ -131,6 +134,23 @@ def run_one(places: Places, arm: str, seed: int, threads: int, max_steps: int | 
     for checkpoint in run.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
     log.info("%s, seed %d: done", arm, seed)
+
+
+def write_twins(rows_file: Path, seed: int, output: Path) -> None:
+    """Write each row and its English twin in such an order that steps of twice the rows hold the same rows, with twins.
+
+    cc_ds shuffles the rows of a file; the order here undoes that, for an epoch.
+    """
+    with open(rows_file, encoding="utf-8") as stream:
+        rows = [json.loads(line) for line in stream]
+    one, both = BatchStream(rows, 1, seed), BatchStream(range(2 * len(rows)), 1, seed)
+    lines = [""] * (2 * len(rows))
+    for position in range(len(rows)):
+        row = rows[one.index_at(position)]
+        twin = {"instruction": row["instruction_en"], "output": row["output"], "lang": "en"}
+        for side, each in enumerate((row, twin)):
+            lines[both.index_at(2 * position + side)] = json.dumps(each, ensure_ascii=False)
+    output.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def _result(places: Places, arm: str, seed: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Rows of the experiment: twins, augmentation, and nothing of what is asked in what is trained on."""
+"""Rows of the experiment: twins, and nothing of what is asked in what is trained on."""
 
 import json
 
@@ -41,14 +41,6 @@ def test_training_rows_have_their_twins(data, tmp_path):
     row = next(row for row in rows if row["lang"] == "yo" and row["output"] == "science")
     assert row["instruction"].startswith("yo train 1\n") and row["instruction_en"].startswith("en train 1\n")
     assert row["instruction"].endswith(read_yaml(str(WORDING))["yo"])
-
-
-def test_augmentation_puts_each_twin_beside_its_row(data, tmp_path):
-    prepare(data, tmp_path / "out")
-    rows, augmented = read(tmp_path / "out" / "train.jsonl"), read(tmp_path / "out" / "train-english.jsonl")
-    assert augmented[::2] == rows
-    assert [r["instruction"] for r in augmented[1::2]] == [r["instruction_en"] for r in rows]
-    assert all(row["lang"] == "en" and "instruction_en" not in row for row in augmented[1::2])
 
 
 def test_questions_and_pairs(data, tmp_path):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from cc_ds.config import load_config
+from cc_ds.data.batches import BatchStream
 from experiments import report, run
 from experiments.arms import ARMS, MODELS, TABLES, settings, train_options
 from experiments.prepare_data import TARGETS
@@ -34,7 +35,11 @@ def calls(monkeypatch, tmp_path):
     def python(script, *words, log_file=None, threads=None):
         words = list(map(str, words))
         noted.append((script, words))
-        if script.endswith("measure.py"):
+        if script.endswith("prepare_data.py"):
+            path = Path(words[words.index("--output") + 1], "train.jsonl")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text('{"instruction": "t", "instruction_en": "e", "output": "o", "lang": "sw"}\n')
+        elif script.endswith("measure.py"):
             marks = (
                 {"none": "0110"} if words[words.index("--method") + 1] == "sft" else {"none": "0110", "matrix": "1111"}
             )
@@ -70,7 +75,7 @@ def test_only_what_is_missing_is_run(calls, tmp_path, capsys):
     calls.clear()
     run.main(command(tmp_path, "--seeds", "2"))
     assert {words[words.index("--seed") + 1] for script, words in calls if "train.py" in script} == {"2"}
-    assert "| cc, matrix | +50.0 [" in (tmp_path / "results/main-gemma.md").read_text()
+    assert "| cc, matrix | +50.0 ± 0.0 [" in (tmp_path / "results/main-gemma.md").read_text()
 
 
 def test_a_model_is_asked_what_it_is_to_be_asked(calls, tmp_path):
@@ -120,8 +125,25 @@ def test_every_arm_is_a_valid_run(arm, model, tmp_path):
     config = load_config(train_options(arm, model, 2, tmp_path, tmp_path / "start", tmp_path / "run"))
     assert (config.train.method, config.train.seed) == (ARMS[arm].method, 2)
     assert config.train.resume_from_checkpoint == "latest" and config.train.save_steps
-    assert config.train.per_device_train_batch_size == settings(model)["per_device_train_batch_size"] * ARMS[arm].rows
+    rows = settings(model)["per_device_train_batch_size"]
+    assert config.train.per_device_train_batch_size == (2 * rows if arm == "sft-english" else rows)
     assert config.cc.english_grad is (arm != "cc-nograd")
+
+
+def test_a_step_with_twins_holds_the_same_rows_and_their_twins(tmp_path):
+    rows = [
+        {"instruction": f"t{n}\u2028", "instruction_en": f"e{n}", "output": str(n), "lang": "sw"} for n in range(50)
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    run.write_twins(path, 3, tmp_path / "twins.jsonl")
+    with open(tmp_path / "twins.jsonl") as stream:
+        twins = [json.loads(line) for line in stream]
+    for step, with_twins in zip(range(6), BatchStream(twins, 16, 3), strict=False):  # 6 of 8 rows: an epoch is 50
+        alone = [rows[n] for n in map(BatchStream(rows, 8, 3).index_at, range(8 * step, 8 * step + 8))]
+        assert with_twins[::2] == alone
+        english = [{"instruction": row["instruction_en"], "output": row["output"], "lang": "en"} for row in alone]
+        assert with_twins[1::2] == english
 
 
 def test_an_item_is_the_mean_over_languages():
@@ -135,7 +157,7 @@ def test_a_difference_pairs_items_and_counts_seeds():
     same = np.zeros(40)
     better = np.array([1.0, 0.0] * 20)
     text = report._difference([(same, better), (same, same)])
-    assert text.startswith("+25.0 [") and text.endswith("** (1/2)")
+    assert text.startswith("+25.0 ± 35.4 [") and text.endswith("** (1/2)")
     assert report._difference([(better, better)]) == "+0.0 [+0.0, +0.0] (0/1)"
 
 
@@ -150,10 +172,10 @@ def test_what_the_gate_chose_and_how_the_matrices_fit():
     lines = report._gates(runs).splitlines()
     assert len(lines) == 3
     found = dict(zip(lines[0].strip("| ").split(" | "), lines[2].strip("|").split("|")[1:], strict=True))
-    assert {name: value.strip() for name, value in found.items() if value.strip()} == {
-        "entropy": "0.75", "ratio": "2.00", "sw": "0 (70)", "yo": "0 (100)"
+    assert {name: value.strip() for name, value in found.items() if "-, -" not in value} == {
+        "entropy": "0.75", "ratio": "2.00", "sw": "1 (75), 0 (100)", "yo": "0 (100), -"
     }  # fmt: skip
-    assert report._fits(runs).splitlines()[2] == "| cc | 0.600 | 0.300 | 0.200 |"
+    assert report._fits(runs).splitlines()[2] == "| cc | 0.600 | 0.300 | 0.200 (seed 2) |"
 
 
 def test_a_mode_that_one_seed_alone_was_asked_in():
