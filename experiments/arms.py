@@ -42,6 +42,7 @@ class Arm:
     """Further options of cc_ds/train.py."""
 
 
+NORM = {"fuse_norm": "match"}
 FASTER = {"connection_learning_rate": "1.0e-3"}
 """At the model's 2e-5, 40 steps move the Decision Maker by a hundredth of its start, and W by a thousandth."""
 ARMS = {
@@ -49,17 +50,18 @@ ARMS = {
     "sft-english": Arm("sft", twins=True),
     "cc": Arm("cc"),
     "cc-nograd": Arm("cc", options={"english_grad": "false"}),
-    "cc-norm": Arm("cc", options={"fuse_norm": "match"}),
-    "cc-norm-own": Arm("cc", options={"fuse_norm": "match", "transform_share": "0.5"} | FASTER),
-    "cc-norm-dropout": Arm("cc", options={"fuse_norm": "match", "english_dropout": "0.5"}),
+    "cc-norm": Arm("cc", options=NORM),
+    "cc-norm-dropout": Arm("cc", options=NORM | {"english_dropout": "0.5"}),
     "cc-faster": Arm("cc", options=FASTER),
-    "cc-soft": Arm("cc", options={"gate": "soft"} | FASTER),
-    "cc-layer6": Arm("cc", options={"fuse_layer": "6"} | FASTER),
+    "cc-norm-faster": Arm("cc", options=NORM | FASTER),
+    "cc-norm-own": Arm("cc", options=NORM | FASTER | {"transform_share": "0.5"}),
+    "cc-norm-soft": Arm("cc", options=NORM | FASTER | {"gate": "soft"}),
+    "cc-norm-layer6": Arm("cc", options=NORM | FASTER | {"fuse_layer": "6"}),
 }
 TABLES = {
     "main": ("sft", "sft-english", "cc", "cc-nograd"),
     "best": ("sft", "sft-english", "cc-norm"),
-    "improve": ("sft", "cc", "cc-norm", "cc-norm-own", "cc-norm-dropout", "cc-faster", "cc-soft", "cc-layer6"),
+    "improve": ("sft", "cc", *(name for name in ARMS if name.startswith("cc-") and name != "cc-nograd")),
 }
 """Name -> arms; the first is what the others are compared with."""
 
