@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
 MASTER, STATES = "fp32", ("fp32", "exp_avg", "exp_avg_sq")
 """A trained parameter's float32 weight, and all that Adam keeps of it, in DeepSpeed's words."""
 

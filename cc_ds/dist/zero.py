@@ -100,7 +100,7 @@ class GatherOrders:
 
     @contextmanager
     def of(self, kind: str, forward: bool = True) -> Iterator[None]:
-        """Gather in the order of this kind of pass. `forward`: it begins with a forward, where DeepSpeed starts over."""
+        """Gather in this kind of pass's order. `forward`: it begins with a forward, where DeepSpeed starts over."""
         if self._offload is None:
             yield
             return

@@ -71,7 +71,8 @@ def sharded_runs(base_command, tmp_path_factory):
         commands.append([
             *base_command, *_settings(case).options(), "--output_dir", str(folder / _name(case)), "--deepspeed",
             str(config), "--per_device_train_batch_size", str(ROWS_PER_RANK), "--gradient_accumulation_steps",
-            str(case.get("accumulation", ACCUMULATION)), "--gradient_checkpointing", str(case["checkpointing"]), "--max_tokens_per_micro_batch", str(case.get("max_tokens", 0)),
+            str(case.get("accumulation", ACCUMULATION)), "--gradient_checkpointing", str(case["checkpointing"]),
+            "--max_tokens_per_micro_batch", str(case.get("max_tokens", 0)),
         ])  # fmt: skip
     (folder / "commands.json").write_text(json.dumps(commands), encoding="utf-8")
     torchrun("tests/dist/worker.py", str(folder / "commands.json"))

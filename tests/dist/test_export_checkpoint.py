@@ -29,8 +29,8 @@ def runs(base_command, tmp_path_factory):
         for layout in LAYOUTS:
             data_size, tensor_size = map(int, layout.split("x"))
             command = [
-                *base_command, "--output_dir", str(folder / f"{stage}-{layout}"), "--max_steps", "3", "--save_steps", "3",
-                "--bf16", "true", "--deepspeed", str(config), "--per_device_train_batch_size", "2",
+                *base_command, "--output_dir", str(folder / f"{stage}-{layout}"), "--max_steps", "3",
+                "--save_steps", "3", "--bf16", "true", "--deepspeed", str(config), "--per_device_train_batch_size", "2",
                 "--tensor_parallel_size", str(tensor_size), "--transform_share", "0.5" if tensor_size == 1 else "0",
             ]  # fmt: skip
             cases.append({"ranks": data_size * tensor_size, "command": command})

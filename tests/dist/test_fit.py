@@ -56,9 +56,7 @@ def test_two_ranks_equal_one(kind, alone, model_folder, pairs_file, tmp_path):
     output = tmp_path / "out"
     more = ["--deepspeed", str(config)] if kind == "partitioned" else []
     torchrun("tools/fit_transform.py", *_arguments(model_folder, pairs_file, output), *more)
-    expected, found = (
-        load_file(folder / "cc_connection.safetensors")["transform"] for folder in (alone, output)
-    )
+    expected, found = (load_file(folder / "cc_connection.safetensors")["transform"] for folder in (alone, output))
     size = float(expected.abs().max())
     assert size > 0
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * size)

@@ -53,8 +53,8 @@ def test_every_scalar_in_tensorboard_and_jsonl(run_folder):
     events = EventAccumulator(str(run_folder / "tensorboard"))
     events.Reload()
     expected = {
-        "loss", "grad_norm", "learning_rate", "tokens_per_second", "english_tokens_per_second", "mfu", "memory_gib", "gate_entropy", "fusion_ratio",
-        "eval_loss",
+        "loss", "grad_norm", "learning_rate", "tokens_per_second", "english_tokens_per_second", "mfu", "memory_gib",
+        "gate_entropy", "fusion_ratio", "eval_loss",
     }  # fmt: skip
     assert expected <= set(events.Tags()["scalars"])
     assert events.Tags()["histograms"] == ["chosen_layers/sw"]

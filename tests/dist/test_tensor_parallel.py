@@ -41,8 +41,10 @@ def _settings(case: tuple) -> Settings:
 def family_folder(model_folder, tmp_path_factory):
     """A function from a family to the tiny model's like in it: biases (Qwen2), norms of the heads (Qwen3), ..."""
     shape = json.loads((model_folder / "config.json").read_text(encoding="utf-8"))
-    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-             "num_key_value_heads", "max_position_embeddings", "pad_token_id", "bos_token_id", "eos_token_id")  # fmt: skip
+    names = (
+        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+        "num_key_value_heads", "max_position_embeddings", "pad_token_id", "bos_token_id", "eos_token_id",
+    )  # fmt: skip
     shape = {name: shape[name] for name in names}
     root = tmp_path_factory.mktemp("families")
 

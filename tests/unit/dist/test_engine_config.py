@@ -72,7 +72,7 @@ def test_contradictions(tmp_path, content, message):
 
 
 def test_an_absent_file(tmp_path):
-    with pytest.raises(ValueError, match="nowhere.json: can't be read"):
+    with pytest.raises(ValueError, match=r"nowhere\.json: can't be read"):
         engine_config(_train(tmp_path / "nowhere.json"), hidden_size=16)
 
 

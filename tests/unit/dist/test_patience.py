@@ -47,7 +47,9 @@ def test_longer_than_a_collective_may_take():
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     ranks = [
-        subprocess.Popen([sys.executable, "-c", RANK, str(rank), port], cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, str(rank), port], cwd=REPOSITORY, stderr=subprocess.PIPE, text=True
+        )
         for rank in range(2)
     ]
     errors = [rank.communicate(timeout=60)[1] for rank in ranks]
@@ -72,7 +74,6 @@ def other(monkeypatch):
 
     thread = threading.Thread(target=run)
     thread.start()
-
 
     def fate_after(seconds: float = 10) -> list:
         thread.join(seconds)
