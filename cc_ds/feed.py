@@ -108,9 +108,9 @@ class StepFeed:
         connect, seed = self.train.method == "cc", self.train.seed
         reads = self._reads(positions) if connect else [Reads.NOTHING] * len(positions)
         batches = []
-        for chosen in self._deal(positions, reads):
+        for chosen, most_labels in self._deal(positions, reads):
             rows = [self._row(positions[number], reads[number]) for number in chosen]
-            batch = pack(rows, self.pad_token_id, connect)
+            batch = pack(rows, self.pad_token_id, connect, most_labels)
             noise = None
             if connect:
                 connected = [positions[chosen[row]] for row in batch.connected_rows.tolist()]
@@ -139,8 +139,8 @@ class StepFeed:
             for position, draw in zip(positions, draws, strict=True)
         ]
 
-    def _deal(self, positions: range, reads: list[Reads]) -> list[list[int]]:
-        """This rank's micro-batches, as indices into `positions`."""
+    def _deal(self, positions: range, reads: list[Reads]) -> list[tuple[list[int], int]]:
+        """This rank's micro-batches, as indices into `positions`, and how many labels the fullest rank's has."""
         indices = [self.stream.index_at(position) for position in positions]
         target = self.lengths.target[indices].tolist()
         lengths = zip(target, self.lengths.english[indices].tolist(), strict=True)
@@ -150,7 +150,9 @@ class StepFeed:
         dealt = deal(
             costs, target, self.group.data_size, train.gradient_accumulation_steps, train.max_tokens_per_micro_batch
         )
-        return dealt[self.group.data_rank]
+        labels = self.lengths.labels[indices]
+        most = [max(int(labels[batch].sum()) for batch in at_once) for at_once in zip(*dealt, strict=True)]
+        return list(zip(dealt[self.group.data_rank], most, strict=True))
 
     def _row(self, position: int, reads: Reads) -> dict[str, Any]:
         row = self.stream.dataset[self.stream.index_at(position)]

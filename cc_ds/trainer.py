@@ -22,6 +22,7 @@ from tqdm import tqdm
 from cc_ds.checkpoint import save_checkpoint
 from cc_ds.config import Config
 from cc_ds.connection.decision import mix
+from cc_ds.data.dealing import RowLengths
 from cc_ds.data.packing import Packed, pack
 from cc_ds.dist.engine import begin_backward, grad_norm
 from cc_ds.dist.group import Group
@@ -185,9 +186,10 @@ class Trainer:
         """The mean loss per target token over all validation rows and ranks."""
         self.engine.eval()
         total = torch.zeros(2, dtype=torch.float64, device=self.group.device)
-        for rows, counts in self._eval_batches():
+        connect = self.train_config.method == "cc"
+        for rows, counts, most_labels in self._eval_batches():
             self.watchdog.beat(self.step)
-            batch = pack(rows, self.pad_token_id, connect=self.train_config.method == "cc").to(self.group.device)
+            batch = pack(rows, self.pad_token_id, connect, most_labels).to(self.group.device)
             loss = self.engine(packed=batch, num_items_in_batch=1).loss.double()
             total += counts * torch.stack([loss, loss.new_tensor(len(batch.labels))])
         self.engine.train()
@@ -232,13 +234,20 @@ class Trainer:
     def _logs_after_this_step(self) -> bool:
         return (self.step + 1) % self.train_config.logging_steps == 0 or self.step + 1 == self.total_steps
 
-    def _eval_batches(self) -> Iterator[tuple[list[dict[str, Any]], bool]]:
-        """This rank's rows and whether they count. Every rank gives equally many batches, as each runs both passes."""
+    def _eval_batches(self) -> Iterator[tuple[list[dict[str, Any]], bool, int]]:
+        """This rank's rows, whether they count, and how many labels the fullest rank's have.
+
+        Every rank gives equally many batches, as each runs both passes.
+        """
         size, ranks = self.train_config.per_device_eval_batch_size, self.group.data_size
+        labels = RowLengths.of(self.eval_rows).labels
         for start in range(0, len(self.eval_rows), size * ranks):
-            first = start + self.group.data_rank * size
-            rows = [self.eval_rows[i] for i in range(first, min(first + size, len(self.eval_rows)))]
-            yield rows or [self.eval_rows[0]], bool(rows)
+            shares = [
+                range(first, min(first + size, len(labels))) for first in range(start, start + size * ranks, size)
+            ]
+            most = max(int(labels[list(share)].sum()) for share in shares)  # the first rank's share is never empty
+            share = shares[self.group.data_rank]
+            yield [self.eval_rows[i] for i in share or range(1)], bool(share), max(most, int(labels[0]))
 
     def _log(self, learning_rate: float) -> float:
         values = self.window.read()

@@ -278,7 +278,8 @@ class CCModelForCausalLM:
             hidden_1TH = self._decode(packed.target)
         cap = getattr(self.config, "final_logit_softcapping", None)  # Gemma 2
         hidden_NH = hidden_1TH[0, packed.label_positions]
-        loss = self.labelled_loss(self.get_output_embeddings(), hidden_NH, packed.labels, cap) / num_items_in_batch
+        loss = self.labelled_loss(self.get_output_embeddings(), hidden_NH, packed.labels, cap, packed.most_labels)
+        loss = loss / num_items_in_batch
         return _with_connection({"loss": loss}, current)
 
     def _read_packed(self, english: Packed) -> Tensor:

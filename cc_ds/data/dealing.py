@@ -25,13 +25,16 @@ class RowLengths:
     """(rows,) int64: prompt and response."""
     english: np.ndarray
     """(rows,) int64: the English prompt; 0 without one."""
+    labels: np.ndarray
+    """(rows,) int64: what stands after the anchor, the labels of the loss."""
 
     @classmethod
     def of(cls, rows: Dataset) -> RowLengths:
         """Read from the offsets of the Arrow columns: no token is touched."""
         table = rows.with_format("arrow")
-        columns = [pc.list_value_length(table[name]) for name in ("input_ids", "english_input_ids")]
-        return cls(*(column.to_numpy().astype(np.int64) for column in columns))
+        columns = [*(pc.list_value_length(table[name]) for name in ("input_ids", "english_input_ids")), table["anchor"]]
+        target, english, anchor = (column.to_numpy().astype(np.int64) for column in columns)
+        return cls(target, english, target - anchor - 1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -52,6 +52,8 @@ class PackedBatch:
     """(N,) int64: positions whose next token is a label."""
     labels: Tensor
     """(N,) int64: those tokens."""
+    most_labels: int
+    """N of the rank that has most of them in its micro-batch of this number."""
     connected_rows: Tensor
     """(K,) int64: the target rows that have an English prompt."""
     connected: Tensor
@@ -77,8 +79,13 @@ class PackedBatch:
         return _map(self, Tensor.pin_memory)
 
 
-def pack(rows: Sequence[dict[str, Any]], pad_token_id: int, connect: bool = True) -> PackedBatch:
-    """Tokenised rows (see `tokenise_row`) as one packed batch; `connect=False` leaves English out (plain SFT)."""
+def pack(rows: Sequence[dict[str, Any]], pad_token_id: int, connect: bool = True, most_labels: int = 0) -> PackedBatch:
+    """Tokenised rows (see `tokenise_row`) as one packed batch.
+
+    Args:
+        connect: False leaves English out (plain SFT).
+        most_labels: labels of the rank that has most; under ZeRO-3 every rank must name the same.
+    """
     target = _segments([row["input_ids"] for row in rows], [row["anchor"] for row in rows])
     labels = torch.tensor([label for row in rows for label in row["labels"]], dtype=torch.int64)
     # Position t predicts token t + 1. A row's first token is never a label, so no segment predicts into the next.
@@ -97,6 +104,7 @@ def pack(rows: Sequence[dict[str, Any]], pad_token_id: int, connect: bool = True
         target=target,
         label_positions=label_positions,
         labels=labels[1:][label_positions],
+        most_labels=max(most_labels, len(label_positions)),
         connected_rows=torch.tensor(with_english, dtype=torch.int64),
         connected=connected,
         own=torch.tensor([bool(rows[index].get("own_prompt")) for index in with_english], dtype=torch.bool),

@@ -44,11 +44,13 @@ def _cases() -> list[dict]:
     ]
     sft = {"stage": 3, "english_grad": True, "checkpointing": True, "method": "sft"}
     faster = [case | {"connection_learning_rate": 5e-2} for case in (own[0], others[0], others[1])]
-    return [*three, *others, dropout, *own, *faster, *single, *offload, *budgets, sft]
+    # A micro-batch has 2 to 12 labels here: one rank takes a chunk of 3 and the other 4
+    chunked = [three[0] | {"logits_chunk": True, "validation": True}, others[1] | {"logits_chunk": True}]
+    return [*three, *others, dropout, *own, *faster, *chunked, *single, *offload, *budgets, sft]
 
 
 def _settings(case: dict) -> Settings:
-    apart = ("stage", "checkpointing", "max_tokens", "accumulation", "offload")
+    apart = ("stage", "checkpointing", "max_tokens", "accumulation", "offload", "logits_chunk", "validation")
     same = {key: value for key, value in case.items() if key not in apart}
     return Settings(batch_size=ROWS_PER_RANK * 2 * case.get("accumulation", ACCUMULATION), **same)
 
@@ -58,10 +60,12 @@ def _name(case: dict) -> str:
 
 
 @pytest.fixture(scope="module")
-def sharded_runs(base_command, tmp_path_factory):
+def sharded_runs(base_command, model_folder, rows_file, tmp_path_factory):
     """Every case trained on two ranks, in one launch."""
     folder = tmp_path_factory.mktemp("sharded")
     commands = []
+    validation = ["--validation_file", str(rows_file), "--per_device_eval_batch_size", "1"]
+    vocabulary = json.loads((model_folder / "config.json").read_text(encoding="utf-8"))["vocab_size"]
     for case in _cases():
         offload = {"offload_optimizer": {"device": "cpu"}} if case.get("offload") else {}
         config = folder / f"zero{case['stage']}{'-offload' if offload else ''}.json"
@@ -73,6 +77,8 @@ def sharded_runs(base_command, tmp_path_factory):
             str(config), "--per_device_train_batch_size", str(ROWS_PER_RANK), "--gradient_accumulation_steps",
             str(case.get("accumulation", ACCUMULATION)), "--gradient_checkpointing", str(case["checkpointing"]),
             "--max_tokens_per_micro_batch", str(case.get("max_tokens", 0)),
+            *(validation if case.get("validation") else []),
+            *(["--logits_chunk", str(3 * vocabulary)] if case.get("logits_chunk") else []),
         ])  # fmt: skip
     (folder / "commands.json").write_text(json.dumps(commands), encoding="utf-8")
     torchrun("tests/dist/worker.py", str(folder / "commands.json"))

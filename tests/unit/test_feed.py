@@ -46,6 +46,14 @@ def test_ranks_together_read_the_steps_of_one_rank():
     assert alone.state_dict() == two[0].state_dict() == two[1].state_dict()
 
 
+def test_every_rank_knows_the_labels_of_the_fullest():
+    for steps in zip(*(_feed(rank, 2) for rank in range(2)), range(5), strict=False):
+        for at_once in zip(*(step.micro_batches for step in steps[:2]), strict=True):
+            counts = [len(batch.labels) for batch, _ in at_once]
+            most = [batch.most_labels for batch, _ in at_once]
+            assert most[0] == most[1] >= max(counts)
+
+
 def test_noise_belongs_to_the_row():
     for feed in (_feed(), _feed(per_device_train_batch_size=8, gradient_accumulation_steps=1)):
         position = {feed.stream.dataset[feed.stream.index_at(p)]["source"]: p for p in range(8)}

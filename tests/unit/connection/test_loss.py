@@ -54,7 +54,20 @@ def test_no_more_logits_alive_than_a_chunk(monkeypatch):
             return super().forward(hidden)
 
     labelled_loss(Head(16, 50, bias=False), torch.randn(10, 16, requires_grad=True), torch.zeros(10).long()).backward()
-    assert sizes == [4, 4, 2, 2, 4, 4]
+    assert sizes == [4, 3, 3, 3, 3, 4]
+
+
+@pytest.mark.parametrize("labels", [0, 1, 3, 9])
+def test_as_many_chunks_as_the_fullest_rank_takes(labels, monkeypatch):
+    monkeypatch.setattr(loss_module, "LOGITS_CHUNK", 50 * 4)
+    head, hidden_NH = nn.Linear(16, 50, bias=False), torch.randn(labels, 16, requires_grad=True)
+    calls = []
+    head.register_forward_hook(lambda *_: calls.append(1))
+    loss = labelled_loss(head, hidden_NH, torch.zeros(labels).long(), most_labels=9)
+    expected = functional.cross_entropy(hidden_NH @ head.weight.T, torch.zeros(labels).long(), reduction="sum")
+    assert len(calls) == 3 and torch.allclose(loss, expected)
+    loss.backward()
+    assert len(calls) == 6
 
 
 @pytest.mark.skipif(LIGER, reason="liger-kernel is installed")

@@ -56,8 +56,11 @@ def test_rows_without_cost_still_fill_every_micro_batch():
 
 
 def test_lengths_and_cost():
-    rows = Dataset.from_dict({"input_ids": [[1, 2, 3], [4]], "english_input_ids": [[], [5, 6]]})
+    rows = Dataset.from_dict(
+        {"input_ids": [[1, 2, 3], [4, 5]], "english_input_ids": [[], [5, 6]], "anchor": [0, 0]},
+    )
     lengths = RowLengths.of(rows)
-    assert lengths.target.tolist() == [3, 1] and lengths.english.tolist() == [0, 2]
-    assert RowLengths.of(rows.select([1])).target.tolist() == [1]
+    assert lengths.target.tolist() == [3, 2] and lengths.english.tolist() == [0, 2]
+    assert lengths.labels.tolist() == [2, 1]
+    assert RowLengths.of(rows.select([1])).target.tolist() == [2]
     assert RowCost(10, 20, 1, 2)(3, 2) == 30 + 9 + 40 + 8
