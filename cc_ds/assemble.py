@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,10 +81,12 @@ def build_model(config: Config, group: Group) -> tuple[CCModelForCausalLM, dict[
         model_config.model_name_or_path, trust_remote_code=model_config.trust_remote_code
     )
     ds_config = engine_config(train, hf_config.hidden_size)
+    # Plain SFT trains no W, which would be the identity in the tuned model.
+    cc_config = replace(config.cc, transform_share=0.0) if train.method == "sft" else config.cc
     if train.tensor_parallel_size > 1:
         check_tensor_parallel(concrete_class(hf_config), hf_config, ds_config)
         options = {name: getattr(model_config, name) for name in ("lora_rank", "use_liger_kernel")}
-        for name, value in (options | {"transform_share": config.cc.transform_share}).items():
+        for name, value in (options | {"transform_share": cc_config.transform_share}).items():
             if value:
                 raise ValueError(f"{name} does not go with tensor_parallel_size (docs/sharding.md): use ZeRO-3 alone")
     options: dict[str, Any] = {"trust_remote_code": model_config.trust_remote_code}
@@ -93,7 +95,7 @@ def build_model(config: Config, group: Group) -> tuple[CCModelForCausalLM, dict[
     construction = sharded_construction(ds_config)  # alive while the model is built
     model = CCModelForCausalLM.from_pretrained(
         model_config.model_name_or_path,
-        cc_config=config.cc,
+        cc_config=cc_config,
         torch_dtype=torch.bfloat16 if train.bf16 else torch.float32,
         config=hf_config,
         **options,
@@ -109,9 +111,12 @@ def build_model(config: Config, group: Group) -> tuple[CCModelForCausalLM, dict[
         model.activation_checkpointing_enable()
     if train.method == "sft":
         model.decision_maker.requires_grad_(False)
-    if model.trained_transform is not None:
-        model.set_transform(None)  # one that came with the folder: the trained one starts from it and takes its place
-        model.trained_transform.requires_grad_(train.method == "cc")
+    if model.transform is not None:  # it came with the folder, and fits other weights than training will leave
+        model.set_transform(None)
+        if model.trained_transform is None and group.is_main:
+            log.info("the Transform Matrix of %s is left behind: fit one anew", model_config.model_name_or_path)
+    if model.trained_transform is not None:  # it has started from the folder's
+        model.trained_transform.requires_grad_(True)
     return model, ds_config
 
 

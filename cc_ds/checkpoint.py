@@ -179,6 +179,16 @@ def find_checkpoint(
     raise ValueError(f"{problems[0]}; whole ones in {output_dir}: {there}")
 
 
+def set_aside_later(output_dir: str | Path, step: int) -> None:
+    """Rename the checkpoints of steps after `step`, where a run begins: they are of another course than it takes, and
+    "latest" would find them before its own."""
+    for path in list_checkpoints(output_dir):
+        if step_of(path) > step:
+            aside = _free_name(path, "superseded")
+            path.rename(aside)
+            log.warning("this run begins at step %d; %s is now %s: remove it when you don't need it", step, path, aside)
+
+
 def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint by the names and sizes of its files; None: nothing."""
     try:

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from cc_ds import checkpoint as checkpoints
-from cc_ds.config import Config, TrainConfig
+from cc_ds.config import Config
+from cc_ds.dist.engine import settings_kept
 from cc_ds.dist.group import Group
 from cc_ds.dist.patience import main_first
 from cc_ds.dist.universal import DISK_FACTOR, Layout, convert, load_universal
@@ -30,10 +31,32 @@ from cc_ds.run_state import RunState
 from cc_ds.telemetry import log
 
 
-def layout_state(engine, group: Group, train: TrainConfig) -> dict[str, Any]:
-    """What `trainer_state.json` says of who wrote a checkpoint."""
+def layout_state(engine, group: Group, config: Config) -> dict[str, Any]:
+    """What `trainer_state.json` says of who wrote a checkpoint, and of what was trained."""
     layout = Layout.of(engine, group.data_size)
-    return {"layout": asdict(layout), "rows_per_step": train.rows_per_step(group.data_size)}
+    rows = config.train.rows_per_step(group.data_size)
+    return {"layout": asdict(layout), "rows_per_step": rows, "trained": _trained(config)}
+
+
+def check_trained(config: Config, path: Path) -> None:
+    """ValueError: the checkpoint at `path` is of a run that trained other weights, or in other groups."""
+    former_settings = checkpoints.read_state(path)["trained"]
+    for key, now in _trained(config).items():
+        if (former := former_settings[key]) != now:
+            raise ValueError(
+                f"{path} was written with {key} {former}, this run has {now}: what is trained can't change in a run; "
+                f"give {key} as it was, or begin a new run with --model_name_or_path a tuned model"
+            )
+
+
+def _trained(config: Config) -> dict[str, Any]:
+    """The settings that say which weights the optimiser has, and in how many groups."""
+    return {
+        "method": config.train.method,
+        "lora_rank": config.model.lora_rank,
+        "transform_share": "above 0" if config.cc.transform_share else "0",
+        "connection_learning_rate": "none" if config.train.connection_learning_rate is None else "given",
+    }
 
 
 def keep_rows_per_step(config: Config, path: Path | None, ranks: int) -> Config:
@@ -80,10 +103,11 @@ def load_checkpoint(engine, group: Group, run: RunState, path: Path) -> dict[str
     universal = written.needs_conversion(ours)
     source = _universal(path, group, run, f"{written}; now {ours}") if universal else path
     try:
-        if universal:
-            loaded = load_universal(engine, source)
-        else:
-            loaded = engine.load_checkpoint(str(source), tag="engine")[0]
+        with settings_kept(engine):
+            if universal:
+                loaded = load_universal(engine, source)
+            else:
+                loaded = engine.load_checkpoint(str(source), tag="engine")[0]
     except Exception as error:  # DeepSpeed and torch raise many kinds for a damaged file
         raise ValueError(f"{source}: damaged or of another model ({error}); resume from an older one") from error
     if not loaded:

@@ -21,11 +21,11 @@ import torch
 
 from cc_ds import cli
 from cc_ds.assemble import build_data, build_model, build_trainer, export_model
-from cc_ds.checkpoint import find_checkpoint
+from cc_ds.checkpoint import find_checkpoint, set_aside_later
 from cc_ds.config import Config, load_config
 from cc_ds.dist.group import Group, group_left_after, start_group
 from cc_ds.dist.signals import Request, Requests
-from cc_ds.resume import keep_rows_per_step
+from cc_ds.resume import check_trained, keep_rows_per_step
 from cc_ds.run_state import RunState
 from cc_ds.telemetry import log, start_logging
 
@@ -57,12 +57,15 @@ def train(config: Config, group: Group, run: RunState, requests: Requests) -> st
     settings = config.train
     wanted, digests = settings.resume_from_checkpoint, settings.verify_checkpoint == "digests"
     checkpoint = find_checkpoint(wanted, settings.output_dir, group, digests) if wanted else None
+    if checkpoint is not None:
+        check_trained(config, checkpoint)
     config = keep_rows_per_step(config, checkpoint, group.data_size)
     data = build_data(config, group)
     model, engine_config = build_model(config, group)
     trainer = build_trainer(config, group, data, model, engine_config, run, requests)
     if checkpoint is not None:
         trainer.resume(checkpoint)
+    group.main_only(lambda: set_aside_later(settings.output_dir, trainer.step))
     log.info("%s: %d rows, %d steps, %d ranks", settings.method, len(data.train), trainer.total_steps, group.world_size)
     request = trainer.train()
     finished = trainer.step == trainer.total_steps

@@ -19,7 +19,7 @@ from datasets import Dataset
 from torch import Tensor
 from tqdm import tqdm
 
-from cc_ds.checkpoint import save_checkpoint
+from cc_ds.checkpoint import read_state, save_checkpoint
 from cc_ds.config import Config
 from cc_ds.connection.decision import mix
 from cc_ds.data.dealing import RowLengths
@@ -83,7 +83,7 @@ class Trainer:
         """`describe` writes the model's config and tokenizer into a folder, for checkpoints."""
         train = config.train
         self.run, self.requests, self.describe = run, requests, describe
-        self.engine, self.group, self.train_config = engine, group, train
+        self.engine, self.group, self.config, self.train_config = engine, group, config, train
         self.gather_orders = GatherOrders(engine)
         self.eval_rows, self.pad_token_id = eval_rows, pad_token_id
         self.step = 0
@@ -199,7 +199,7 @@ class Trainer:
     def save(self) -> None:
         """A checkpoint at this step."""
         state = {"step": self.step, "data": self.feed.state_dict(), "seed": self.train_config.seed}
-        state |= layout_state(self.engine, self.group, self.train_config)
+        state |= layout_state(self.engine, self.group, self.config)
         path = save_checkpoint(
             self.engine,
             self.group,
@@ -217,11 +217,17 @@ class Trainer:
         """Go on from a checkpoint.
 
         Raises:
-            ValueError: a damaged checkpoint, or one of a run with another seed, whose rows would be in another order.
+            ValueError: a damaged checkpoint; one of a run with another seed, whose rows would be in another order; or
+                one from after this run's end.
         """
-        state = load_checkpoint(self.engine, self.group, self.run, path)
+        state = read_state(path)
+        if state["step"] > self.total_steps:
+            raise ValueError(
+                f"{path} is of step {state['step']}, this run ends at {self.total_steps}: raise --max_steps"
+            )
         if state["seed"] != self.train_config.seed:
             raise ValueError(f"{path} was written with seed {state['seed']}, this run has {self.train_config.seed}")
+        load_checkpoint(self.engine, self.group, self.run, path)
         self.step = self.run.step = state["step"]
         self.feed.load_state_dict(state["data"])
         log.info("resumed from %s at step %d/%d", path, self.step, self.total_steps)

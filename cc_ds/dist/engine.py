@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +185,24 @@ def parameter_groups(model: nn.Module, train: TrainConfig) -> list[dict[str, Any
             group = connection if apart else norms if _is_norm_or_bias(name, parameter) else weights
             group["params"].append(parameter)
     return [group for group in (weights, norms, connection) if group["params"]]  # LoRA trains no norm
+
+
+@contextmanager
+def settings_kept(engine) -> Iterator[None]:
+    """What is loaded meanwhile leaves the optimiser's settings and the schedule as this run has them.
+
+    A checkpoint holds those of the run that wrote it; and a universal one at stage 3 (DeepSpeed 0.19.8) gives every
+    group those of the first: norms and biases its weight decay, the connection its learning rate.
+    """
+    optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    schedule = engine.lr_scheduler
+    settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    yield
+    schedule.base_lrs = [group["initial_lr"] for group in settings]
+    rates = [rate * factor(schedule.last_epoch) for rate, factor in zip(schedule.base_lrs, schedule.lr_lambdas)]
+    schedule._last_lr = rates
+    for group, kept, rate in zip(optimizer.param_groups, settings, rates, strict=True):
+        group.update(kept | {"lr": rate})
 
 
 def begin_backward(engine, last: bool, after_forward: bool = True) -> None:

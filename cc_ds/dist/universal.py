@@ -97,17 +97,12 @@ def load_universal(engine, folder: Path) -> bool:
     Frozen parameters stay as they are: they come from the base model, not from the checkpoint.
     """
     optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
-    decays = [group["weight_decay"] for group in optimizer.param_groups]
     engine._config.load_universal_checkpoint = True
     try:
         loaded, _ = engine.load_checkpoint(str(folder), tag="engine")
     finally:
         engine._config.load_universal_checkpoint = False
-    # At stage 3 DeepSpeed 0.19.8 gives every group the settings of the first (norms and biases its weight decay, the
-    # connection its learning rate), and all of them one and the same step tensor, which Adam then raises once for each.
-    rates = engine.lr_scheduler.get_last_lr() if loaded else [group["lr"] for group in optimizer.param_groups]
-    for group, decay, rate in zip(optimizer.param_groups, decays, rates, strict=True):
-        group["weight_decay"], group["lr"] = decay, rate
+    # At stage 3 DeepSpeed 0.19.8 gives all of them one and the same step tensor, which Adam then raises once for each.
     for state in optimizer.state.values():
         state["step"] = state["step"].clone()
     return loaded is not None

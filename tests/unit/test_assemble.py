@@ -1,10 +1,12 @@
-"""Settings that do not go together are refused before anything is loaded."""
+"""Settings that do not go together are refused before anything is loaded; what a model brings to a run."""
 
 from __future__ import annotations
 
 import pytest
 import tiny_models
+import torch
 
+from cc_ds import CCModelForCausalLM
 from cc_ds.assemble import build_model
 from cc_ds.config import load_config
 from cc_ds.dist.group import Group
@@ -17,3 +19,34 @@ def test_what_tensor_parallelism_does_not_go_with(option, tmp_path):
     config = load_config([*options, "--tensor_parallel_size", "2", *option])
     with pytest.raises(ValueError, match=f"{option[0][2:]} does not go with tensor_parallel_size"):
         build_model(config, Group.alone())
+
+
+def build(folder, output, *options):
+    words = ["--model_name_or_path", str(folder), "--train_file", "rows.jsonl", "--output_dir", str(output), *options]
+    return build_model(load_config(words), Group.alone())[0]
+
+
+@pytest.mark.parametrize("method", ["cc", "sft"])
+def test_a_matrix_that_came_with_the_folder_does_not_outlive_the_weights_it_fits(method, tmp_path):
+    model = tiny_models.cc_model()
+    model.set_transform(torch.randn(tiny_models.HIDDEN, tiny_models.HIDDEN))
+    model.save_pretrained(tmp_path)
+    assert CCModelForCausalLM.from_pretrained(tmp_path).transform is not None
+    assert build(tmp_path, tmp_path, "--method", method).transform is None
+
+
+def test_plain_sft_leaves_no_matrix(tmp_path):
+    tiny_models.cc_model().save_pretrained(tmp_path / "base")
+    model = build(tmp_path / "base", tmp_path, "--method", "sft", "--transform_share", "0.5")
+    assert model.trained_transform is None
+    model.save_pretrained(tmp_path / "tuned")
+    assert CCModelForCausalLM.from_pretrained(tmp_path / "tuned").transform is None
+
+
+def test_a_trained_matrix_starts_from_the_folders(tmp_path):
+    matrix = torch.randn(tiny_models.HIDDEN, tiny_models.HIDDEN)
+    model = tiny_models.cc_model()
+    model.set_transform(matrix)
+    model.save_pretrained(tmp_path)
+    model = build(tmp_path, tmp_path, "--transform_share", "0.5")
+    assert torch.equal(model.trained_transform.weight.T, matrix) and model.transform is None

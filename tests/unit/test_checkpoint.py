@@ -10,7 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from cc_ds.checkpoint import damage, digest_damage, find_checkpoint, list_checkpoints, save_checkpoint
+from cc_ds.checkpoint import (
+    damage,
+    digest_damage,
+    find_checkpoint,
+    list_checkpoints,
+    save_checkpoint,
+    set_aside_later,
+)
 from cc_ds.dist.group import Group
 from cc_ds.dist.writer import CheckpointWriter
 from cc_ds.run_state import RunState, StaleRunError
@@ -119,6 +126,17 @@ def test_a_damaged_one_is_moved_aside_not_deleted(run):
     save(run, 5)
     assert find_checkpoint("latest", run.output_dir, digests=True).name == "checkpoint-000005"
     assert (run.output_dir / "checkpoint-000005.damaged-1/engine/rank1.pt").stat().st_size == 100
+
+
+def test_those_of_another_course_are_set_aside(run, caplog):
+    for step in (5, 10, 15):
+        save(run, step, keep=9)
+    set_aside_later(run.output_dir, 5)
+    assert names(run) == ["checkpoint-000005"]
+    assert len(list(run.output_dir.glob("checkpoint-*.superseded-1"))) == 2
+    assert "this run begins at step 5" in caplog.text
+    save(run, 6, keep=1)
+    assert find_checkpoint("latest", run.output_dir) == run.output_dir / "checkpoint-000006"
 
 
 def test_newest_and_every_kth_are_kept_and_damaged_ones_do_not_count(run):

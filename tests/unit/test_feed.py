@@ -47,8 +47,9 @@ def test_ranks_together_read_the_steps_of_one_rank():
 
 
 def test_every_rank_knows_the_labels_of_the_fullest():
-    for steps in zip(*(_feed(rank, 2) for rank in range(2)), range(5), strict=False):
-        for at_once in zip(*(step.micro_batches for step in steps[:2]), strict=True):
+    feeds = [_feed(rank, 2) for rank in range(2)]
+    for _ in range(5):
+        for at_once in zip(*(next(feed).micro_batches for feed in feeds), strict=True):
             counts = [len(batch.labels) for batch, _ in at_once]
             most = [batch.most_labels for batch, _ in at_once]
             assert most[0] == most[1] >= max(counts)

@@ -8,15 +8,19 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
+import torch
 
 from cc_ds import checkpoint, resume
 from cc_ds.config import load_config
 from cc_ds.dist.group import Group
 from cc_ds.dist.universal import Layout
-from cc_ds.resume import keep_rows_per_step, load_checkpoint
+from cc_ds.resume import check_trained, keep_rows_per_step, load_checkpoint
 from cc_ds.run_state import RunState, StaleRunError
 
 ALONE = Group.alone()
+
+
+TRAINED = {"method": "cc", "lora_rank": 0, "transform_share": "0", "connection_learning_rate": "none"}
 
 
 def written_by(folder: Path, ranks: int, rows: int = 16, stage: int = 3) -> Path:
@@ -25,7 +29,8 @@ def written_by(folder: Path, ranks: int, rows: int = 16, stage: int = 3) -> Path
     (path / "engine").mkdir(parents=True)
     (path / "engine/weights.pt").write_bytes(b"x" * 1000)
     layout = {"data_parallel": ranks, "tensor_parallel": 1, "zero_stage": stage}
-    (path / "trainer_state.json").write_text(json.dumps({"step": 12, "layout": layout, "rows_per_step": rows}))
+    state = {"step": 12, "layout": layout, "rows_per_step": rows, "trained": TRAINED}
+    (path / "trainer_state.json").write_text(json.dumps(state))
     checkpoint.write_marker(path, {}, {"step": 12, "generation": 1})
     return path
 
@@ -57,11 +62,30 @@ def test_rows_that_can_not_be_made_up_are_an_error(tmp_path):
     assert keep_rows_per_step(config(2, 4), None, 4) == config(2, 4)
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (["--method", "sft"], "written with method cc, this run has sft"),
+        (["--lora_rank", "4"], "written with lora_rank 0, this run has 4"),
+        (["--transform_share", "0.5"], "written with transform_share 0, this run has above 0"),
+        (["--connection_learning_rate", "1"], "written with connection_learning_rate none, this run has given"),
+    ],
+)
+def test_other_weights_to_train_are_named_before_anything_is_loaded(change, said, tmp_path):
+    path, same = written_by(tmp_path, ranks=4), config(2, 2)
+    check_trained(same, path)
+    words = ["--model_name_or_path", "m", "--train_file", "f", "--output_dir", "o", *change]
+    with pytest.raises(ValueError, match=f"checkpoint-000012 was {said}"):
+        check_trained(load_config(words), path)
+
+
 class Engine:
     """As much of an engine as loading needs, under ZeRO 3 on one rank."""
 
     def __init__(self, stage: int = 3) -> None:
         self.stage = stage
+        self.optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: 1.0)
 
     def autotp_size(self) -> int:
         return 0
