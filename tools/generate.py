@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
                 if with_english
                 else None,
                 connect=not args.no_connection,
-                languages=[record.get("lang") or args.lang for record, _ in first],
+                languages=[record.get("lang") or args.lang or row.lang for record, row in first],
                 exclude=args.exclude,
                 batch_size=args.batch_size,
                 max_new_tokens=args.max_new_tokens,

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from cc_ds.connection.transform import Transform
 from cc_ds.data.templates import RenderedPrompt
 from cc_ds.dist.group import Group
 from cc_ds.eval.journal import Answer, Journal
@@ -91,6 +92,34 @@ def test_transform_equals_one_prompt_at_a_time_and_differs_from_plain(model, tok
     result = run(model, tokenizer, template, rows, "transform")
     assert responses(result) == one_by_one(model, tokenizer, template, rows)
     assert responses(result) != responses(run(model, tokenizer, template, rows, "plain"))
+
+
+def test_transform_reads_english_rows_plain(model, tokenizer, template, eval_rows, tmp_path):
+    model.set_transform(10 * torch.randn(16, 16, generator=torch.Generator().manual_seed(0)))
+    rows = [*eval_rows("sw"), *eval_rows("en")]
+    connected = one_by_one(model, tokenizer, template, rows)
+    plain = one_by_one(model, tokenizer, template, rows, connect=lambda row: False)
+    assert all(a != b for a, b in zip([connected[0], connected[7]], [plain[0], plain[7]]))
+    # One journal: what was answered with other languages excluded is not taken.
+    expected = {("en",): connected[:7] + plain[7:], (): connected, ("en", "sw"): plain}
+    for exclude, texts in expected.items():
+        result = run(model, tokenizer, template, rows, "transform", exclude=exclude, journal=Journal(tmp_path, "m"))
+        assert responses(result) == texts
+    assert responses(run(model, tokenizer, template, rows, "transform")) == expected["en",]
+
+
+def test_each_row_is_connected_through_its_languages_matrix(model, tokenizer, template, eval_rows):
+    matrices = 10 * torch.randn(2, 16, 16, generator=torch.Generator().manual_seed(0))
+    model.set_transform(Transform([matrices], "per_language", ["sw", "de"]))
+    rows = [*eval_rows("sw"), *eval_rows("de"), *eval_rows("en")]
+    result = run(model, tokenizer, template, rows, "transform")
+    assert responses(result) == one_by_one(model, tokenizer, template, rows, languages=lambda row: [row.lang])
+    calls = []
+    model.generate = calls.append
+    nameless = [*rows, EvalRow(prompt=turn("q"), answers=("a",), lang="und", prompt_en=None, where="test")]
+    with pytest.raises(ValueError, match=r"no matrix for language 'und' \(the row names none\), only for sw, de"):
+        run(model, tokenizer, template, nameless, "transform")
+    assert not calls, "said before anything is asked"
 
 
 def test_english_equals_one_prompt_at_a_time_and_reads_rows_without_it_plain(model, tokenizer, template, eval_rows):
