@@ -7,10 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cc_ds.connection.transform import Transform
-from cc_ds.data.templates import RenderedPrompt
+from cc_ds.data.templates import RenderedPrompt, load_template
 from cc_ds.dist.group import Group
 from cc_ds.eval.journal import Answer, Journal
 from cc_ds.eval.report import format_table, plot_languages
@@ -163,15 +163,24 @@ class Fake:
 
 
 def test_answers_end_at_the_stop_token_and_keep_their_places():
-    fake_tokenizer = SimpleNamespace(
-        pad_token_id=0, eos_token_id=9, decode=lambda ids, skip_special_tokens: " ".join(map(str, ids))
-    )
-    fake_template = SimpleNamespace(stop_token_ids=[9])
+    fake_tokenizer = SimpleNamespace(pad_token_id=0, eos_token_id=9)
+    fake_template = SimpleNamespace(stop_token_ids=[9], decode_response=lambda ids: " ".join(map(str, ids)))
     fake = Fake({2: [5, 9], 3: [6, 6, 6], 4: [9, 7, 9]})
     prompts = [RenderedPrompt(list(range(1, n + 1)), n - 1) for n in (3, 2, 4, 2)]
     found = respond(fake, fake_tokenizer, fake_template, prompts, batch_size=3, max_new_tokens=3)
     assert [(r.text, r.tokens) for r in found] == [("6 6 6", 3), ("5", 2), ("", 1), ("5", 2)]
     assert all(call["eos_token_id"] == [9] and call["do_sample"] is False for call in fake.calls)
+
+
+def test_the_templates_prefix_is_not_scored(model_folder):
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    begin = "{% if m['role'] == 'assistant' %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+    tokenizer.chat_template = "{% for m in messages %}" + begin + "{{ m['content'] + eos_token }}{% endfor %}"
+    template = load_template(tokenizer)
+    prompt = template.render_prompt(turn("moja"))
+    fake = Fake({len(prompt.ids): template.render_response("mbili")})
+    (found,) = respond(fake, tokenizer, template, [prompt])
+    assert (found.text, found.tokens) == ("mbili", len(template.render_response("mbili")))
 
 
 def test_padding_moves_the_anchor_with_the_prompt():
