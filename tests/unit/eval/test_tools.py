@@ -66,6 +66,13 @@ def test_fit_per_layer_and_without_held_out_pairs(model_folder, pairs_file, tmp_
     assert "nothing is known" in capsys.readouterr().out
 
 
+def test_fit_says_which_rows_it_leaves_out(model_folder, pairs_file, tmp_path, caplog):
+    with pairs_file.open("a", encoding="utf-8") as stream:
+        stream.write('{"instruction": "moja", "instruction_en": 1}\n')
+    fit(model_folder, pairs_file, tmp_path / "fitted", "--held_out", "0")
+    assert "pairs.jsonl:15: instruction_en is of type int" in caplog.text
+
+
 def test_fit_with_few_pairs_warns_with_numbers(model_folder, pairs_file, tmp_path, caplog):
     fit(model_folder, pairs_file, tmp_path / "fitted", "--num_pairs", "4", "--held_out", "0.25")
     assert "of H = 16 directions" in caplog.text
