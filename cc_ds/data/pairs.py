@@ -15,7 +15,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cc_ds.data.columns import FORMS, Form, best_form, check_map_is_used, english_note, find_form, rename
+from cc_ds.data.columns import (
+    FORMS,
+    Form,
+    best_form,
+    check_map_is_used,
+    english_note,
+    find_form,
+    missing_columns,
+    rename,
+)
 from cc_ds.data.sources import Source, open_source
 
 ROLES = ("system", "user", "assistant")
@@ -177,11 +186,17 @@ def iter_rows(
             yield to_row(rename(record, column_map), form, f"{source.name}:{number}", require_response)
 
 
-def to_row(record: Mapping[str, Any], form: Form, source: str, require_response: bool = True) -> Row | BadRow:
-    """Bring one record (our column names) to a Row; `form` says which columns are meant where the record fits none."""
-    own = best_form([name for name, value in record.items() if value is not None], require_response)
+def to_row(record: Mapping[str, Any], form: Form | None, source: str, require_response: bool = True) -> Row | BadRow:
+    """Bring one record (our column names) to a Row; `form` says which columns are meant where the record fits none.
+
+    Without a `form`, a record that lacks them all is a bad row that names them.
+    """
+    columns = [name for name, value in record.items() if value is not None]
+    form = best_form(columns, require_response) or form or best_form(list(record), require_response)
+    if form is None:
+        return BadRow(source, missing_columns(columns, require_response))
     try:
-        prompt, response, prompt_en = _PARSERS[(own or form).required](record, require_response)
+        prompt, response, prompt_en = _PARSERS[form.required](record, require_response)
         lang = record.get("lang") or "und"
         if not isinstance(lang, str):
             raise _Bad(f"lang is of type {type(lang).__name__}, not a string")

@@ -185,7 +185,12 @@ def test_generate_samples_by_seed(fitted, pairs_file, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("line", "message"), [('{"prompt": "  "}', "rows.jsonl:2: the prompt is empty"), ("{", "line 2.*broken JSON")]
+    ("line", "message"),
+    [
+        ('{"prompt": "  "}', "rows.jsonl:2: the prompt is empty"),
+        ('{"question": "q"}', r"rows.jsonl:2: column .* is missing.*\n  found: \['question'\]\n  expected: .*prompt"),
+        ("{", "line 2.*broken JSON"),
+    ],
 )
 def test_generate_names_the_bad_row(tmp_path, line, message):
     path = tmp_path / "rows.jsonl"
