@@ -170,8 +170,8 @@ def iter_rows(
     summary: Summary | None = None,
     require_response: bool = True,
 ) -> Iterator[Row | BadRow]:
-    """Every record of every source as a Row or a BadRow, in order; `summary` receives notes. Columns are checked
-    first."""
+    """Every record of every source as a Row or a BadRow, in order; `summary` receives notes, the last ones at the end.
+    Columns are checked first."""
     column_map = dict(column_map or {})
     forms = [find_form(source, column_map, require_response) for source in sources]
     check_map_is_used(sources, column_map)
@@ -181,9 +181,18 @@ def iter_rows(
             for source, form in zip(sources, forms, strict=True)
             if (note := english_note(source, form, column_map))
         ]
+    without_input = 0
     for source, form in zip(sources, forms, strict=True):
         for number, record in source.records():
-            yield to_row(rename(record, column_map), form, f"{source.name}:{number}", require_response)
+            record = rename(record, column_map)
+            row = to_row(record, form, f"{source.name}:{number}", require_response)
+            without_input += isinstance(row, Row) and _lacks_english_input(record)
+            yield row
+    if summary is not None and without_input:
+        summary.notes.append(
+            f"{without_input} rows have instruction_en and input, but no input_en: unless instruction_en says it all, "
+            "their English prompt lacks the text that it speaks of."
+        )
 
 
 def to_row(record: Mapping[str, Any], form: Form | None, source: str, require_response: bool = True) -> Row | BadRow:
@@ -225,6 +234,11 @@ def _parse_instruction(record: Mapping[str, Any], _: bool) -> tuple[Messages, An
     prompt = _join(record, "instruction", "input")
     english = _join(record, "instruction_en", "input_en") if _text(record, "instruction_en") else ""
     return _prompt(prompt, "prompt"), record.get("output"), _prompt(english, "English prompt") if english else None
+
+
+def _lacks_english_input(record: Mapping[str, Any]) -> bool:
+    filled = [bool(str(record.get(name) or "").strip()) for name in ("instruction_en", "input", "input_en")]
+    return filled == [True, True, False]
 
 
 def _parse_messages(record: Mapping[str, Any], require_response: bool) -> tuple[Messages, Any, Messages | None]:
