@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from cc_ds import CCModelForCausalLM
+    from cc_ds.data.pairs import Summary
     from cc_ds.data.templates import Template
 
 
@@ -43,6 +44,12 @@ def tool_parser(description: str, model_required: bool = True) -> argparse.Argum
     parser.add_argument("--device", help="cuda, cuda:1, cpu ... (default: cuda where there is one)")
     parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn (default 0)")
     return parser
+
+
+def report_rows(summary: Summary) -> None:
+    """Log what was read: a warning where rows are left out or look wrong."""
+    level = logging.WARNING if summary.bad_rows or summary.notes else logging.INFO
+    logging.getLogger("cc_ds").log(level, "%s", summary)
 
 
 def positive(text: str) -> int:

@@ -101,7 +101,7 @@ class DataConfig:
     on_long: Literal["truncate", "skip", "error"] = "truncate"
     """What to do with a row that is longer."""
     on_bad_row: Literal["skip", "error"] = "skip"
-    """What to do with a row that can't be used. Either way every such row is named."""
+    """What to do with rows that can't be used. Either way all are counted, by reason, and the first 20 named."""
     data_cache_dir: str = "~/.cache/cc_ds/data"
     """Where tokenised rows are kept."""
 

@@ -7,8 +7,8 @@ Tasks: atlas (the demo's test split), XNLI, XStoryCloze, MMMLU, XQuAD, MKQA, XLS
 or from copies in --hub_dir), or rows of your own, which --data names: a file, or a folder with one L.jsonl per language
 (columns: see cc_ds/eval/tasks.py). With several tasks --data is a folder that holds one folder per task.
 
-Modes: plain (no connection), transform (as deployed), english (connected to the real English prompt: the upper bound).
-The default is transform where the model has one, else plain.
+Modes: plain (no connection), transform (as deployed: rows in English are read without the connection), english
+(connected to the real English prompt: the upper bound). The default is transform where the model has one, else plain.
 
 Under --output_dir, TASK.json holds scores and every answer, TASK.txt the table, TASK.png the figure, and TASK.answers
 what was answered so far: a run that was killed goes on there. Ranks of torchrun or srun share the rows.
@@ -34,6 +34,7 @@ from cc_ds.eval.metrics import METRICS
 from cc_ds.eval.report import format_table, plot_languages
 from cc_ds.eval.run import MODES, EvalResult, evaluate, write_json
 from cc_ds.eval.tasks import Task, load_task
+from cc_ds.infer.generate import ENGLISH
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -45,6 +46,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--metrics", nargs="+", choices=sorted(METRICS), help="in place of the task's own")
     parser.add_argument("--mode", choices=MODES, help="default: transform where the model has one, else plain")
     parser.add_argument("--langs", nargs="+", help="only these languages")
+    parser.add_argument(
+        "--exclude",
+        nargs="*",
+        default=list(ENGLISH),
+        help="languages that mode transform reads without the connection (default: English)",
+    )
     parser.add_argument("--limit", type=cli.positive, help="at most so many rows of each language, the first ones")
     parser.add_argument("--max_new_tokens", type=cli.positive, help="per answer (default: 40 for benchmarks, else 64)")
     parser.add_argument("--output_dir", type=Path, help="folder for scores, answers, tables and figures")
@@ -72,6 +79,7 @@ def main(argv: list[str] | None = None) -> None:
             max_new_tokens=args.max_new_tokens,
             seed=args.seed,
             group=group,
+            exclude=args.exclude,
             journal=Journal(args.output_dir / f"{task.name}.answers", model_fingerprint(args.model))
             if args.output_dir
             else None,

@@ -35,6 +35,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Export a checkpoint."""
     args = parse(argv)
+    if str(args.checkpoint) == "latest":
+        raise ValueError("--checkpoint names a checkpoint-N folder of a run; there is no latest one without the run")
     checkpoint = find_checkpoint(str(args.checkpoint), args.checkpoint.parent, digests=not args.no_verify)
     peak = export_checkpoint(checkpoint, args.output, int(args.max_shard_gb * 1e9))
     print(f"{args.output}: exported from {checkpoint}; peak memory {peak / 2**30:.2f} GiB")

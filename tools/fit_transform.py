@@ -55,8 +55,10 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError("--output must be another folder than --model: the weights there are in use")
     if args.deepspeed and "RANK" not in os.environ:
         raise ValueError("--deepspeed partitions the model over ranks: start with deepspeed, torchrun or srun")
-    rows, _ = read_rows(args.data, require_response=False)
+    rows, summary = read_rows(args.data, require_response=False)
     group = start_group() if "RANK" in os.environ else Group.alone()
+    if group.is_main:
+        cli.report_rows(summary)
     with group_left_after():
         fit(args, rows, group)
 

@@ -22,7 +22,6 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # a file of tools/ must not shadow a library
 
 from cc_ds import cli
-from cc_ds.data.columns import FORMS
 from cc_ds.data.pairs import BadRow, Row, to_row
 from cc_ds.data.sources import open_source
 from cc_ds.infer.generate import ENGLISH
@@ -81,7 +80,7 @@ def main(argv: list[str] | None = None) -> None:
                 if with_english
                 else None,
                 connect=not args.no_connection,
-                languages=[record.get("lang") or args.lang for record, _ in first],
+                languages=[record.get("lang") or args.lang or row.lang for record, row in first],
                 exclude=args.exclude,
                 batch_size=args.batch_size,
                 max_new_tokens=args.max_new_tokens,
@@ -96,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
 def read(args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], Row]]:
     """Each record as it came, and as a row. ValueError: a row that cannot be asked, by file and line."""
     for record, where in records(args):
-        row = to_row(record, FORMS[-1], where, require_response=False)
+        row = to_row(record, None, where, require_response=False)
         if isinstance(row, BadRow):
             raise ValueError(f"{row.source}: {row.reason}" + (f" ({row.detail})" if row.detail else ""))
         yield record, row

@@ -69,7 +69,9 @@ def inspect_inference(args: argparse.Namespace) -> dict[str, Any]:
     rows: list[Row] = []
     tasks: list[str] = []
     for file in args.data:
-        found = read_rows([file], require_response=False)[0][: args.limit]
+        found, summary = read_rows([file], require_response=False)
+        cli.report_rows(summary)
+        found = found[: args.limit]
         rows += found
         tasks += [Path(file).stem] * len(found)
     model, tokenizer, template = cli.load_model(args)

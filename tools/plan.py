@@ -68,6 +68,7 @@ def main(argv: list[str] | None = None) -> None:
     train = TrainConfig(
         output_dir="",
         deepspeed=args.deepspeed,
+        offload_dir="",  # where on the disk makes no difference
         bf16=True,
         per_device_train_batch_size=args.micro_batch,
         gradient_accumulation_steps=args.accumulation,

@@ -3,7 +3,8 @@
     python tools/run_harness.py run --model cc_ds --model_args pretrained=outputs/8b-with-transform --tasks xnli_sw
 
 Everything after the script's name is the harness's own command line; connect=False among --model_args leaves the
-connection out. A task of your own: --include_path FOLDER --tasks NAME.
+connection out, lang=sw names the language of all requests (a transform with a matrix per language needs it). A
+task of your own: --include_path FOLDER --tasks NAME.
 """
 
 from __future__ import annotations

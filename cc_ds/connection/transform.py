@@ -108,9 +108,10 @@ class Transform(nn.Module):
             raise ValueError(f"this transform has a matrix per language: name {rows} languages ({known}), not {given}")
         for language in languages:
             if language is not None and language not in self.languages:
+                unnamed = " (the row names none)" if language == "und" else ""
                 raise ValueError(
-                    f"the transform has no matrix for language {language!r}, only for {', '.join(self.languages)}; "
-                    "fit one, or read the row without the connection (None)"
+                    f"the transform has no matrix for language {language!r}{unnamed}, only for "
+                    f"{', '.join(self.languages)}; fit one, or read the row without the connection (None)"
                 )
         return languages
 

@@ -46,15 +46,25 @@ def find_form(source: Source, column_map: Mapping[str, str], require_response: b
     form = best_form(columns, require_response)
     if form is not None:
         return form
+    raise ValueError(
+        f"{source.name}: {missing_columns(columns, require_response, column_map, source.columns)}\n"
+        "  Columns of other names are mapped with column_map, {ours: theirs}, in training; elsewhere rename them."
+    )
+
+
+def missing_columns(
+    columns: Sequence[str],
+    require_response: bool = True,
+    column_map: Mapping[str, str] | None = None,
+    theirs: Sequence[str] | None = None,
+) -> str:
+    """What `columns`, which fit no form, lack of the closest one, for a message; `theirs`: the same before the map."""
+    theirs = list(columns if theirs is None else theirs)
     closest = max(FORMS, key=lambda form: sum(name in columns for name in form.needed(require_response)))
     missing = [name for name in closest.needed(require_response) if name not in columns]
-    hints = "".join(_nearest(column_map.get(name, name), source.columns) for name in missing)
+    hints = "".join(_nearest((column_map or {}).get(name, name), theirs) for name in missing)
     expected = "; or ".join(f"{' + '.join(form.needed(require_response))} (English: {form.english})" for form in FORMS)
-    raise ValueError(
-        f"{source.name}: column {', '.join(missing)} is missing.{hints}\n  found: {source.columns}\n"
-        f"  expected: {expected}\n  Columns of other names are mapped with column_map, {{ours: theirs}}, "
-        f'for example {{"{missing[0]}": "their_name"}}.'
-    )
+    return f"column {', '.join(missing)} is missing.{hints}\n  found: {theirs}\n  expected: {expected}"
 
 
 def best_form(columns: Sequence[str], require_response: bool = True) -> Form | None:

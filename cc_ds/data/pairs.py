@@ -15,7 +15,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cc_ds.data.columns import FORMS, Form, best_form, check_map_is_used, english_note, find_form, rename
+from cc_ds.data.columns import (
+    FORMS,
+    Form,
+    best_form,
+    check_map_is_used,
+    english_note,
+    find_form,
+    missing_columns,
+    rename,
+)
 from cc_ds.data.sources import Source, open_source
 
 ROLES = ("system", "user", "assistant")
@@ -161,8 +170,8 @@ def iter_rows(
     summary: Summary | None = None,
     require_response: bool = True,
 ) -> Iterator[Row | BadRow]:
-    """Every record of every source as a Row or a BadRow, in order; `summary` receives notes. Columns are checked
-    first."""
+    """Every record of every source as a Row or a BadRow, in order; `summary` receives notes, the last ones at the end.
+    Columns are checked first."""
     column_map = dict(column_map or {})
     forms = [find_form(source, column_map, require_response) for source in sources]
     check_map_is_used(sources, column_map)
@@ -172,16 +181,31 @@ def iter_rows(
             for source, form in zip(sources, forms, strict=True)
             if (note := english_note(source, form, column_map))
         ]
+    without_input = 0
     for source, form in zip(sources, forms, strict=True):
         for number, record in source.records():
-            yield to_row(rename(record, column_map), form, f"{source.name}:{number}", require_response)
+            record = rename(record, column_map)
+            row = to_row(record, form, f"{source.name}:{number}", require_response)
+            without_input += isinstance(row, Row) and _lacks_english_input(record)
+            yield row
+    if summary is not None and without_input:
+        summary.notes.append(
+            f"{without_input} rows have instruction_en and input, but no input_en: unless instruction_en says it all, "
+            "their English prompt lacks the text that it speaks of."
+        )
 
 
-def to_row(record: Mapping[str, Any], form: Form, source: str, require_response: bool = True) -> Row | BadRow:
-    """Bring one record (our column names) to a Row; `form` says which columns are meant where the record fits none."""
-    own = best_form([name for name, value in record.items() if value is not None], require_response)
+def to_row(record: Mapping[str, Any], form: Form | None, source: str, require_response: bool = True) -> Row | BadRow:
+    """Bring one record (our column names) to a Row; `form` says which columns are meant where the record fits none.
+
+    Without a `form`, a record that lacks them all is a bad row that names them.
+    """
+    columns = [name for name, value in record.items() if value is not None]
+    form = best_form(columns, require_response) or form or best_form(list(record), require_response)
+    if form is None:
+        return BadRow(source, missing_columns(columns, require_response))
     try:
-        prompt, response, prompt_en = _PARSERS[(own or form).required](record, require_response)
+        prompt, response, prompt_en = _PARSERS[form.required](record, require_response)
         lang = record.get("lang") or "und"
         if not isinstance(lang, str):
             raise _Bad(f"lang is of type {type(lang).__name__}, not a string")
@@ -210,6 +234,11 @@ def _parse_instruction(record: Mapping[str, Any], _: bool) -> tuple[Messages, An
     prompt = _join(record, "instruction", "input")
     english = _join(record, "instruction_en", "input_en") if _text(record, "instruction_en") else ""
     return _prompt(prompt, "prompt"), record.get("output"), _prompt(english, "English prompt") if english else None
+
+
+def _lacks_english_input(record: Mapping[str, Any]) -> bool:
+    filled = [bool(str(record.get(name) or "").strip()) for name in ("instruction_en", "input", "input_en")]
+    return filled == [True, True, False]
 
 
 def _parse_messages(record: Mapping[str, Any], require_response: bool) -> tuple[Messages, Any, Messages | None]:

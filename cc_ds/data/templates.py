@@ -89,7 +89,8 @@ class Template:
     generation_prompt: str
     """What the template puts between the user's last words and the response."""
     response_prefix: str
-    """What the template puts between the generation prompt and the response (often "", " " for Mistral)."""
+    """What the template puts between the generation prompt and the response (often "", " " for Mistral, an empty
+    "<think>" block for Qwen3). It is trained as part of the response."""
     end_of_turn_ids: list[int]
     """The tokens that end a response: what follows it in the template up to the first special token, or eos."""
     stop_token_ids: list[int]
@@ -115,6 +116,12 @@ class Template:
     def encode_response(self, text: str) -> list[int]:
         """`render_response` without the end of turn."""
         return _encode_after(self.tokenizer, self.generation_prompt, self.response_prefix + text)
+
+    def decode_response(self, ids: list[int]) -> str:
+        """The response in generated tokens: without special tokens, the template's prefix and outer whitespace."""
+        prefix = _encode_after(self.tokenizer, self.generation_prompt, self.response_prefix)
+        prefix, text = (self.tokenizer.decode(each, skip_special_tokens=True).strip() for each in (prefix, ids))
+        return text.removeprefix(prefix).strip()
 
     def shortest_prompt_length(self) -> int:
         """Tokens that truncation must keep of any prompt: BOS, something of the text, the generation prompt."""

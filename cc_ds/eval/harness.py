@@ -5,7 +5,8 @@ Requests walk as in HFLM, except that
     generate_until   goes through the model's own `generate`, which connects at the prompt's last token
     loglikelihood    reads the context alone, connects at its last token, and scores the continuation after it
     rolling          has no prompt, and so no connection; nor has a context that is the beginning-of-text token alone
-Without a transform in the model, or with connect=False among the model's arguments, every request is HFLM's.
+Without a transform in the model, or with connect=False among the model's arguments, every request is HFLM's. lang=sw
+names the language of all requests: a transform with a matrix per language needs it, and English is read as by HFLM.
 
 Shapes: B requests, T positions, L layers, H hidden size, V vocabulary.
 """
@@ -22,6 +23,7 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
 from cc_ds import CCModelForCausalLM
+from cc_ds.infer.generate import ENGLISH, is_language
 from cc_ds.infer.prompts import length_batches, pad_token_id, progress
 
 # ((context, continuation), tokens of the context, tokens of the continuation), as the harness has it.
@@ -30,16 +32,33 @@ Request = tuple[tuple[str, str] | None, list[int], list[int]]
 
 @register_model("cc_ds")
 class CCHarnessLM(HFLM):
-    """HFLM with a CCModelForCausalLM; its arguments, and `connect` (default True)."""
+    """HFLM with a CCModelForCausalLM; its arguments, `connect` (default True) and `lang`, of all requests.
+
+    ValueError: a transform with a matrix per language, and not the language of one of them.
+    """
 
     AUTO_MODEL_CLASS = CCModelForCausalLM
 
-    def __init__(self, pretrained: str | CCModelForCausalLM, connect: bool = True, **kwargs: Any) -> None:
+    def __init__(
+        self, pretrained: str | CCModelForCausalLM, connect: bool = True, lang: str | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(pretrained, backend="causal", **kwargs)
-        self.connect = connect and self.model.transform is not None
+        self.connect = connect and self.model.transform is not None and not is_language(lang, ENGLISH)
+        self.lang = lang
+        if self.connect and self.model.transform.scope == "per_language" and lang not in self.model.transform.languages:
+            raise ValueError(
+                f"the transform has a matrix per language, and lang is {lang!r}: among the model's arguments give "
+                f"lang=L, one of {', '.join(self.model.transform.languages)}, or connect=False"
+            )
+
+    def _languages(self, rows: int) -> list[str] | None:
+        return None if self.lang is None else [self.lang] * rows
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **generation: Any) -> Tensor:
-        return super()._model_generate(context, max_length, stop, connect=self.connect, **generation)
+        languages = self._languages(len(context))
+        return super()._model_generate(
+            context, max_length, stop, connect=self.connect, languages=languages, **generation
+        )
 
     def _loglikelihood_tokens(
         self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
@@ -77,7 +96,7 @@ class CCHarnessLM(HFLM):
         prompted = torch.tensor([context != [self.prefix_token_id] for context in contexts], device=device)
         with torch.autocast(device.type, self.mixed_precision_dtype, enabled=self.mixed_precision_dtype is not None):
             source_LBH = model.anchor_activations(context_ids, context_mask, anchors)
-            english_LBH = model.transform(source_LBH)
+            english_LBH = model.transform(source_LBH, self._languages(len(keys)))
             model.prefill_pass = model.fuse_pass(english_LBH, anchors, input_ids.shape[1], prompted)
             try:
                 logits_BTV = model(input_ids, attention_mask=mask).logits

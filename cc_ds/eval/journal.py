@@ -23,7 +23,7 @@ class Answer:
     """What the model said to one row, and what it cost."""
 
     text: str
-    """Decoded, outer whitespace stripped; empty where it said nothing."""
+    """Decoded (Template.decode_response); empty where it said nothing."""
     tokens_in: int
     """Tokens of the prompt, and of the English prompt where it was read."""
     tokens_out: int

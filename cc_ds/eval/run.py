@@ -2,7 +2,8 @@
 
 Rows -> dealt to ranks -> rendered prompts -> batches of like length, greedy -> journal -> gathered -> scores. Modes:
     plain      no connection: the model as it is
-    transform  connected to English activations approximated by the model's Transform Matrix: how it is deployed
+    transform  connected to English activations approximated by the model's Transform Matrix: how it is deployed; rows
+               in English are read plain, as `generate` does when it is told the languages
     english    connected to the row's real English prompt: the upper bound for any transform; rows without one (English
                ones) are read plain
 """
@@ -23,6 +24,7 @@ from cc_ds.eval.journal import Answer, Journal
 from cc_ds.eval.rows import EvalRow
 from cc_ds.eval.statistics import bootstrap_interval
 from cc_ds.eval.tasks import Task
+from cc_ds.infer.generate import ENGLISH, is_language
 from cc_ds.infer.prompts import respond
 
 if TYPE_CHECKING:
@@ -91,6 +93,7 @@ def evaluate(
     seed: int = 0,
     group: Group | None = None,
     journal: Journal | None = None,
+    exclude: Sequence[str] = ENGLISH,
 ) -> EvalResult:
     """Ask the task's rows greedily in `mode` and score the answers; `seed` draws the bootstrap.
 
@@ -98,14 +101,17 @@ def evaluate(
         max_new_tokens: per answer; None: as the task has it.
         group: the ranks that share the work; every rank returns the whole result. None: this process alone.
         journal: where answers are kept as they come, and taken from.
+        exclude: in mode transform, rows of these languages are read plain.
 
     Raises:
-        ValueError: an unknown mode, no rows, mode transform without a transform in the model, mode english without any
-            English prompt.
+        ValueError: an unknown mode, no rows, mode transform without a transform in the model or, of one with a matrix
+            per language, without a row's language in it, mode english without any English prompt.
     """
-    _check(model, task.rows, mode)
+    _check(model, task.rows, mode, exclude)
     group = group or Group.alone()
     settings = {"mode": mode, "max_new_tokens": max_new_tokens or task.max_new_tokens}
+    if mode == "transform":
+        settings["exclude"] = list(exclude)
     known = {}
     if journal is not None:
         template_settings = {"chat_template": template.chat_template, "stops": sorted(template.stop_token_ids)}
@@ -126,7 +132,7 @@ def evaluate(
     return score(task, [known[row.id] for row in task.rows], mode=mode, seed=seed)
 
 
-def _ask(model, tokenizer, template, prompts, *, mode, batch_size, max_new_tokens) -> dict[str, Answer]:
+def _ask(model, tokenizer, template, prompts, *, mode, batch_size, max_new_tokens, exclude=()) -> dict[str, Answer]:
     """Answers by row id; `prompts` are (row, its rendered prompt, its rendered English prompt or None)."""
     start = time.perf_counter()
     responses = respond(
@@ -136,6 +142,8 @@ def _ask(model, tokenizer, template, prompts, *, mode, batch_size, max_new_token
         [prompt for _, prompt, _ in prompts],
         english=[twin for _, _, twin in prompts] if mode == "english" else None,
         connect=mode != "plain",
+        languages=[row.lang for row, _, _ in prompts] if mode == "transform" else None,
+        exclude=exclude,
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
     )
@@ -212,7 +220,7 @@ def _score(groups: Mapping[str, list[dict]], task: Task, seed: int) -> Score:
     return Score(rows=len(rows), empty=sum(not answer["response"] for answer in rows), metrics=metrics)
 
 
-def _check(model: CCModelForCausalLM, rows: Sequence[EvalRow], mode: str) -> None:
+def _check(model: CCModelForCausalLM, rows: Sequence[EvalRow], mode: str, exclude: Sequence[str]) -> None:
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
     if not rows:
@@ -222,6 +230,9 @@ def _check(model: CCModelForCausalLM, rows: Sequence[EvalRow], mode: str) -> Non
             "mode transform needs a model with a Transform Matrix: fit one with tools/fit_transform.py, or choose "
             "mode plain"
         )
+    if mode == "transform" and model.transform.scope == "per_language":  # now, and not after hours of other rows
+        languages = [None if is_language(row.lang, exclude) else row.lang for row in rows]
+        model.transform.check_languages(languages, len(rows))
     if mode == "english" and not any(row.prompt_en for row in rows):
         raise ValueError("mode english needs rows with an English prompt (instruction_en, prompt_en or messages_en)")
 

@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cc_ds.data.columns import FORMS
 from cc_ds.data.pairs import BadRow, to_row
 from cc_ds.data.sources import open_source
 from cc_ds.eval.benchmarks import BENCHMARKS
@@ -157,7 +156,7 @@ def _read_folder(folder: Path) -> list[EvalRow]:
 
 
 def _row(record: Mapping[str, Any], where: str, lang: str | None) -> EvalRow:
-    row = to_row({**record, "lang": record.get("lang") or lang}, FORMS[-1], where, require_response=False)
+    row = to_row({**record, "lang": record.get("lang") or lang}, None, where, require_response=False)
     if isinstance(row, BadRow):
         raise ValueError(f"{where}: {row.reason}" + (f" ({row.detail})" if row.detail else ""))
     return EvalRow(

@@ -27,7 +27,7 @@ class Response:
     """What the model said to one prompt."""
 
     text: str
-    """Decoded without special tokens, outer whitespace stripped."""
+    """Decoded (Template.decode_response)."""
     tokens: int
     """Tokens generated, the stop token included, padding not."""
 
@@ -121,7 +121,7 @@ def respond(
                 **generation,
             )
             new_ids = output[:, input_ids.shape[1] :].tolist()
-            responses |= {i: _response(tokenizer, template, ids) for i, ids in zip(rows, new_ids, strict=True)}
+            responses |= {i: _response(template, ids) for i, ids in zip(rows, new_ids, strict=True)}
             bar.update(len(rows))
     return [responses[i] for i in range(len(prompts))]
 
@@ -135,9 +135,8 @@ def _groups(prompts, english, connect, batch_size) -> Iterator[tuple[list[int], 
             yield [rows[i] for i in batch], wanted
 
 
-def _response(tokenizer: Any, template: Template, ids: list[int]) -> Response:
+def _response(template: Template, ids: list[int]) -> Response:
     """Decode up to the first stop token; what follows it is padding."""
     stops = [place for place, token_id in enumerate(ids) if token_id in template.stop_token_ids]
     end = stops[0] if stops else len(ids)
-    text = tokenizer.decode(ids[:end], skip_special_tokens=True).strip()
-    return Response(text=text, tokens=end + bool(stops))
+    return Response(text=template.decode_response(ids[:end]), tokens=end + bool(stops))

@@ -55,7 +55,7 @@ class Estimate:
     memory: dict[str, float]
     """GiB of a GPU by part, and `peak`, which is less than their sum: not all parts are there at a time."""
     host_memory: float
-    """GiB of a node's RAM that offloading takes."""
+    """GiB of a node's RAM or NVMe that offloading takes."""
     moved: dict[str, float]
     """Bytes by collective, as they stand in each GPU's buffers, per step."""
     flops: float
@@ -183,7 +183,7 @@ def _traffic(size: ModelSize, method: str, work: Workload, ds_config: dict[str, 
 def _memory(
     size: ModelSize, traffic: Traffic, step: StepMemory, replicas: int, ds_config: dict[str, Any]
 ) -> tuple[dict[str, float], float]:
-    """GiB of a GPU by part, and of RAM per GPU."""
+    """GiB of a GPU by part, and of RAM or NVMe per GPU."""
     zero, stage = ds_config["zero_optimization"], zero_stage(ds_config)
     weights, trained = size.numel(), size.numel(trainable=True)
     shard = {name: replicas if stage >= least else 1 for name, least in (("weights", 3), ("grads", 2), ("adam", 1))}

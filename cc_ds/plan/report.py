@@ -18,7 +18,7 @@ def format_estimates(found: dict[str, Estimate], cluster: Cluster) -> str:
     fits = ["yes" if each.fits else "NO" for each in estimates]
     lines.append(_line(f"  fits in {usable:.0f} of {cluster.gpu.memory:.0f} GiB", fits))
     if any(each.host_memory for each in estimates):
-        lines.append(_line("RAM of a node, GiB", [f"{each.host_memory:.0f}" for each in estimates]))
+        lines.append(_line("RAM or NVMe of a node, GiB", [f"{each.host_memory:.0f}" for each in estimates]))
     lines.append("moved per step, GB in each GPU's buffers")
     for name in estimates[0].moved:
         lines.append(_line(f"  {name}", [f"{each.moved[name] / 1e9:.1f}" for each in estimates]))

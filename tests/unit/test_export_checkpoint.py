@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import subprocess
@@ -96,6 +97,16 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path):
     torch.save({"optimizer_state_dict": Path("x")}, next((checkpoint / "engine").glob("*optim*")))
     with pytest.raises(ValueError, match="can't be read"):
         export_checkpoint(checkpoint, tmp_path / "out", 10**9)
+
+
+def test_the_tool_does_not_know_a_latest_checkpoint(tmp_path, monkeypatch):
+    repository = Path(__file__).resolve().parents[2]
+    spec = importlib.util.spec_from_file_location("export_tool", repository / "tools/export.py")
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="--checkpoint names a checkpoint-N folder"):
+        tool.main(["--checkpoint", "latest", "--output", str(tmp_path / "out")])
 
 
 MEMORY = """

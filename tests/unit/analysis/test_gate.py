@@ -84,20 +84,22 @@ def test_history_takes_the_last_word_on_a_step(tmp_path):
         gate_history(tmp_path / "nowhere")
 
 
-def test_the_tool_draws_everything(tmp_path, capsys):
+def test_the_tool_draws_everything(tmp_path, capsys, caplog):
     path = Path(__file__).parents[3] / "tools" / "inspect_gate.py"
     spec = importlib.util.spec_from_file_location("inspect_gate_tool", path)
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
     rows = [{"prompt": f"namba {n}", "prompt_en": f"number {n}", "lang": "sw" if n % 2 else "yo"} for n in range(8)]
     data, run, model = tmp_path / "numbers.jsonl", tmp_path / "metrics.jsonl", tmp_path / "model"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    bad = {"prompt": " ", "prompt_en": "number"}
+    data.write_text("".join(json.dumps(row) + "\n" for row in [*rows, bad]), encoding="utf-8")
     run.write_text('{"step": 1, "gate_entropy": 1.0, "chosen_layers": {"sw": [3, 1]}}\n', encoding="utf-8")
     tokenizer = train_tokenizer([row[key] for row in rows for key in ("prompt", "prompt_en")] * 3, model, 300)
     sizes = dict(hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=24)
     save_tiny(tiny_llama(len(tokenizer), 0, **sizes), tokenizer, model)
     out = tmp_path / "out"
     tool.main(["--run", str(run), "--model", str(model), "--data", str(data), "--output", str(out), "--device", "cpu"])
+    assert "numbers.jsonl:9: the prompt is empty" in caplog.text
     numbers = json.loads((out / "gate.json").read_text(encoding="utf-8"))
     assert numbers["inference"]["rows"] == 8 and set(numbers["inference"]["language"]) == {"sw", "yo"}
     assert sum(numbers["inference"]["task"]["numbers"]) == pytest.approx(1)

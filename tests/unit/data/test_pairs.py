@@ -183,6 +183,19 @@ def test_a_misspelled_english_column_is_noted(read):
     assert summary.notes == []
 
 
+def test_an_english_prompt_without_its_input_is_noted(read):
+    whole = {"instruction": "A", "input": "B", "output": "C", "instruction_en": "a", "input_en": "b"}
+    lacking = {**whole, "input_en": " "}
+    rows, summary = read(
+        whole, lacking, {**lacking, "output": ""}, {**lacking, "input": ""}, {**lacking, "input_en": None}
+    )
+    assert len(rows) == 4 and [row.prompt_en for row in rows[1:]] == [[user("a")]] * 3
+    (note,) = summary.notes
+    assert note.startswith("2 rows have instruction_en and input, but no input_en") and note in str(summary)
+    for silent in (whole, {**lacking, "input": None}, {**lacking, "instruction_en": ""}):
+        assert read(silent)[1].notes == []
+
+
 def test_prompts_alone(read):
     """Fitting and generating need no response: it may be absent, and messages may end in a user turn."""
     rows, summary = read(

@@ -125,6 +125,24 @@ def test_text_before_the_response_that_only_a_finished_turn_shows(bpe):
     assert bpe.decode(template.render_response("Nairobi")) == "ANSWER Nairobi<|im_end|>"
 
 
+def test_a_prefix_of_the_template_is_no_part_of_an_answer(make_bpe):
+    """Qwen3 puts an empty block of thoughts before every response, in tokens that are not marked special."""
+    tokenizer = make_bpe()
+    tokenizer.add_tokens(["<think>", "</think>"])
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+        "{% if m['role'] == 'assistant' and loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+        "{{ m['content'] + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    template = load_template(tokenizer)
+    assert template.response_prefix == "<think>\n\n</think>\n\n"
+    for text in ("Nairobi", "</think> Nairobi", "\nNairobi\n", ""):
+        assert template.decode_response(template.encode_response(text)) == text.strip()
+    without = tokenizer("Nairobi <think>\n\n</think>", add_special_tokens=False)["input_ids"]
+    assert template.decode_response(without) == "Nairobi <think>\n\n</think>"
+
+
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_responses_decode_to_themselves(tokenizer, name):
     """No space creeps in and nothing is lost, whatever the text begins with; a seam that could merge stays a seam."""
@@ -132,6 +150,7 @@ def test_responses_decode_to_themselves(tokenizer, name):
     for text in ("Nairobi", "Sie heißt", " Nairobi", "\nNairobi", "\n\n", "Heißt 🙂", "?"):
         response = template.render_response(text)
         prompt = template.render_prompt(TALKS["one turn"]).ids
+        assert template.decode_response(response) == text.strip()
         decoded = tokenizer.decode(prompt + response)
         assert decoded.endswith(text + tokenizer.decode(template.end_of_turn_ids))
         assert decoded == tokenizer.decode(prompt) + template.response_prefix + text + tokenizer.decode(

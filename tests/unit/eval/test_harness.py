@@ -15,6 +15,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from cc_ds import CCModelForCausalLM
+from cc_ds.connection.transform import Transform
 from cc_ds.eval.harness import CCHarnessLM
 
 REQUESTS = [
@@ -109,6 +110,23 @@ def test_loglikelihood_and_generation_agree(connected_folder):
     requests = [((text, ""), lm.tok_encode(text), token) for text, token in zip(prompts, first)]
     assert all(greedy for _, greedy in lm._loglikelihood_tokens(requests, disable_tqdm=True))
     assert said != generated(harness(connected_folder, connect=False))
+
+
+def test_the_language_names_the_matrix(connected_folder, model_folder, tmp_path):
+    shared = harness(connected_folder)
+    matrix = shared.model.transform.matrix
+    shared.model.set_transform(Transform([torch.stack([0 * matrix, matrix])], "per_language", ["de", "sw"]))
+    shared.model.save_pretrained(tmp_path)
+    shared.tokenizer.save_pretrained(tmp_path)
+    named, connected = harness(tmp_path, lang="sw"), harness(connected_folder)
+    assert_close(loglikelihoods(named), loglikelihoods(connected))
+    assert generated(named) == generated(connected)
+    plain = harness(model_folder, HFLM)
+    for english in (harness(tmp_path, lang="en"), harness(connected_folder, lang="en-GB")):
+        assert loglikelihoods(english) == loglikelihoods(plain)
+    for more in ({}, {"lang": "yo"}):
+        with pytest.raises(ValueError, match="lang=L, one of de, sw, or connect=False"):
+            harness(tmp_path, **more)
 
 
 def test_a_context_too_long_is_cut_from_the_left(connected_folder):

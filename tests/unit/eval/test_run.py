@@ -7,9 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cc_ds.data.templates import RenderedPrompt
+from cc_ds.connection.transform import Transform
+from cc_ds.data.templates import RenderedPrompt, load_template
 from cc_ds.dist.group import Group
 from cc_ds.eval.journal import Answer, Journal
 from cc_ds.eval.report import format_table, plot_languages
@@ -93,6 +94,34 @@ def test_transform_equals_one_prompt_at_a_time_and_differs_from_plain(model, tok
     assert responses(result) != responses(run(model, tokenizer, template, rows, "plain"))
 
 
+def test_transform_reads_english_rows_plain(model, tokenizer, template, eval_rows, tmp_path):
+    model.set_transform(10 * torch.randn(16, 16, generator=torch.Generator().manual_seed(0)))
+    rows = [*eval_rows("sw"), *eval_rows("en")]
+    connected = one_by_one(model, tokenizer, template, rows)
+    plain = one_by_one(model, tokenizer, template, rows, connect=lambda row: False)
+    assert all(a != b for a, b in zip([connected[0], connected[7]], [plain[0], plain[7]]))
+    # One journal: what was answered with other languages excluded is not taken.
+    expected = {("en",): connected[:7] + plain[7:], (): connected, ("en", "sw"): plain}
+    for exclude, texts in expected.items():
+        result = run(model, tokenizer, template, rows, "transform", exclude=exclude, journal=Journal(tmp_path, "m"))
+        assert responses(result) == texts
+    assert responses(run(model, tokenizer, template, rows, "transform")) == expected["en",]
+
+
+def test_each_row_is_connected_through_its_languages_matrix(model, tokenizer, template, eval_rows):
+    matrices = 10 * torch.randn(2, 16, 16, generator=torch.Generator().manual_seed(0))
+    model.set_transform(Transform([matrices], "per_language", ["sw", "de"]))
+    rows = [*eval_rows("sw"), *eval_rows("de"), *eval_rows("en")]
+    result = run(model, tokenizer, template, rows, "transform")
+    assert responses(result) == one_by_one(model, tokenizer, template, rows, languages=lambda row: [row.lang])
+    calls = []
+    model.generate = calls.append
+    nameless = [*rows, EvalRow(prompt=turn("q"), answers=("a",), lang="und", prompt_en=None, where="test")]
+    with pytest.raises(ValueError, match=r"no matrix for language 'und' \(the row names none\), only for sw, de"):
+        run(model, tokenizer, template, nameless, "transform")
+    assert not calls, "said before anything is asked"
+
+
 def test_english_equals_one_prompt_at_a_time_and_reads_rows_without_it_plain(model, tokenizer, template, eval_rows):
     rows = [*eval_rows("sw"), *eval_rows("en", english=False)]
     result = run(model, tokenizer, template, rows, "english")
@@ -134,15 +163,24 @@ class Fake:
 
 
 def test_answers_end_at_the_stop_token_and_keep_their_places():
-    fake_tokenizer = SimpleNamespace(
-        pad_token_id=0, eos_token_id=9, decode=lambda ids, skip_special_tokens: " ".join(map(str, ids))
-    )
-    fake_template = SimpleNamespace(stop_token_ids=[9])
+    fake_tokenizer = SimpleNamespace(pad_token_id=0, eos_token_id=9)
+    fake_template = SimpleNamespace(stop_token_ids=[9], decode_response=lambda ids: " ".join(map(str, ids)))
     fake = Fake({2: [5, 9], 3: [6, 6, 6], 4: [9, 7, 9]})
     prompts = [RenderedPrompt(list(range(1, n + 1)), n - 1) for n in (3, 2, 4, 2)]
     found = respond(fake, fake_tokenizer, fake_template, prompts, batch_size=3, max_new_tokens=3)
     assert [(r.text, r.tokens) for r in found] == [("6 6 6", 3), ("5", 2), ("", 1), ("5", 2)]
     assert all(call["eos_token_id"] == [9] and call["do_sample"] is False for call in fake.calls)
+
+
+def test_the_templates_prefix_is_not_scored(model_folder):
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    begin = "{% if m['role'] == 'assistant' %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+    tokenizer.chat_template = "{% for m in messages %}" + begin + "{{ m['content'] + eos_token }}{% endfor %}"
+    template = load_template(tokenizer)
+    prompt = template.render_prompt(turn("moja"))
+    fake = Fake({len(prompt.ids): template.render_response("mbili")})
+    (found,) = respond(fake, tokenizer, template, [prompt])
+    assert (found.text, found.tokens) == ("mbili", len(template.render_response("mbili")))
 
 
 def test_padding_moves_the_anchor_with_the_prompt():

@@ -114,7 +114,11 @@ def test_languages_and_metrics_are_chosen(tmp_path):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"answer": "x"}, "line 2: .*empty"),
+        (
+            {"answer": "x", "instrction": "q"},
+            r"line 2: column instruction is missing. Nearest to 'instruction': 'instrction'[\s\S]*or prompt \(English",
+        ),
+        ({"answer": "x", "prompt": None}, "line 2: .*empty"),
         ({"prompt": " ", "answer": "x"}, "line 2: .*empty"),
         ({"prompt": "q"}, "line 2: no accepted answer"),
         ({"prompt": "q", "answer": []}, "line 2: answer must be"),

@@ -66,6 +66,13 @@ def test_fit_per_layer_and_without_held_out_pairs(model_folder, pairs_file, tmp_
     assert "nothing is known" in capsys.readouterr().out
 
 
+def test_fit_says_which_rows_it_leaves_out(model_folder, pairs_file, tmp_path, caplog):
+    with pairs_file.open("a", encoding="utf-8") as stream:
+        stream.write('{"instruction": "moja", "instruction_en": 1}\n')
+    fit(model_folder, pairs_file, tmp_path / "fitted", "--held_out", "0")
+    assert "pairs.jsonl:15: instruction_en is of type int" in caplog.text
+
+
 def test_fit_with_few_pairs_warns_with_numbers(model_folder, pairs_file, tmp_path, caplog):
     fit(model_folder, pairs_file, tmp_path / "fitted", "--num_pairs", "4", "--held_out", "0.25")
     assert "of H = 16 directions" in caplog.text
@@ -146,6 +153,29 @@ def test_generate_connects_to_what_it_is_told(fitted, pairs_file, tmp_path, caps
     assert capsys.readouterr().out.strip() == answers["english"][0]
 
 
+def test_generate_needs_the_language_where_each_has_its_matrix(model_folder, pairs_file, tmp_path, capsys):
+    folder = tmp_path / "per_language"
+    fit(model_folder, pairs_file, folder, "--held_out", "0", "--scope", "per_language")
+    generate(folder, "--prompt", "q", "--lang", "sw")
+    with pytest.raises(ValueError, match=r"'und' \(the row names none\), only for de, sw"):
+        generate(folder, "--prompt", "q")
+
+
+def test_evaluate_excludes_what_it_is_told(model_folder, pairs_file, tmp_path):
+    folder, answers = tmp_path / "connected", {}
+    model = CCModelForCausalLM.from_pretrained(model_folder)
+    model.set_transform(10 * torch.randn(16, 16, generator=torch.Generator().manual_seed(0)))
+    model.save_pretrained(folder)
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (folder / file).write_bytes((model_folder / file).read_bytes())
+    for name, more in {"plain": ["--mode", "plain"], "excluded": ["--exclude", "sw", "de"], "deployed": []}.items():
+        arguments = ["--model", folder, "--data", pairs_file, "--task", "numbers", "--max_new_tokens", "4"]
+        evaluate_tool.main([str(argument) for argument in [*arguments, "--output_dir", tmp_path / name, *more]])
+        result = json.loads((tmp_path / name / "numbers.json").read_text(encoding="utf-8"))
+        answers[name] = [answer["response"] for answer in result["answers"]]
+    assert answers["plain"] == answers["excluded"] != answers["deployed"]
+
+
 def test_generate_samples_by_seed(fitted, pairs_file, tmp_path):
     said = []
     for seed in (1, 1, 2):
@@ -155,7 +185,12 @@ def test_generate_samples_by_seed(fitted, pairs_file, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("line", "message"), [('{"prompt": "  "}', "rows.jsonl:2: the prompt is empty"), ("{", "line 2.*broken JSON")]
+    ("line", "message"),
+    [
+        ('{"prompt": "  "}', "rows.jsonl:2: the prompt is empty"),
+        ('{"question": "q"}', r"rows.jsonl:2: column .* is missing.*\n  found: \['question'\]\n  expected: .*prompt"),
+        ("{", "line 2.*broken JSON"),
+    ],
 )
 def test_generate_names_the_bad_row(tmp_path, line, message):
     path = tmp_path / "rows.jsonl"

@@ -15,6 +15,7 @@ from cc_ds.plan.flops import METHODS, Lengths, step_flops
 from cc_ds.plan.gpus import Gpu
 from cc_ds.plan.size import meta_model, size_of
 
+REPOSITORY = Path(__file__).resolve().parents[3]
 CONFIG = LlamaConfig(
     vocab_size=256, hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=8,
     num_key_value_heads=4, tie_word_embeddings=False,
@@ -93,12 +94,25 @@ def test_changes_that_make_it_fit_come_fastest_first():
     assert all(found.fits and found.memory["peak"] < 0.7 * needs for _, found in changes)
 
 
-def test_the_tool_prints_three_columns_and_writes_every_figure(tmp_path, capsys):
-    CONFIG.save_pretrained(tmp_path)
-    path = Path(__file__).resolve().parents[3] / "tools/plan.py"
-    spec = importlib.util.spec_from_file_location("plan_tool", path)
+def plan_tool():
+    spec = importlib.util.spec_from_file_location("plan_tool", REPOSITORY / "tools/plan.py")
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
+    return tool
+
+
+@pytest.mark.parametrize("file", sorted(REPOSITORY.glob("ds_configs/*.json")), ids=lambda path: path.stem)
+def test_the_tool_plans_every_configuration(tmp_path, file, capsys):
+    CONFIG.save_pretrained(tmp_path)
+    plan_tool().main(["--model", str(tmp_path), "--deepspeed", str(file)])
+    printed = capsys.readouterr().out
+    assert "whole step" in printed
+    assert ("RAM or NVMe of a node" in printed) == (file.stem in ("zero3_nvme", "zero3_offload"))
+
+
+def test_the_tool_prints_three_columns_and_writes_every_figure(tmp_path, capsys):
+    CONFIG.save_pretrained(tmp_path)
+    tool = plan_tool()
     output = tmp_path / "plan.json"
     tool.main(["--model", str(tmp_path), "--nodes", "2", "--accumulation", "2", "--json", str(output)])
     lines = capsys.readouterr().out.splitlines()
