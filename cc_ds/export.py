@@ -13,6 +13,7 @@ import re
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -66,6 +67,25 @@ def check_model_folder(path_or_id: str | Path) -> None:
             else "copy its *.safetensors files there, or name the folder that has them"
         )
         raise ValueError(f"{folder}: a model folder without weights (no *.safetensors); {remedy}")
+
+
+def load_part(part: type, path_or_id: str | Path, option: str, **kwargs) -> Any:
+    """`part.from_pretrained(path_or_id)`: a model's config or its tokenizer.
+
+    Args:
+        part: AutoConfig or AutoTokenizer.
+        option: what the user named the model with.
+
+    Raises:
+        ValueError: there is no such model, or it is neither in the cache nor can the hub be asked.
+    """
+    try:
+        return part.from_pretrained(path_or_id, **kwargs)
+    except OSError as error:
+        raise ValueError(
+            f"{option} {path_or_id}: can't be loaded ({str(error).splitlines()[0]}); name a model folder, or a model "
+            f"on the hub (one that is in the cache, where the hub can't be reached)"
+        ) from error
 
 
 def read_connection(path_or_id: str | Path, **hub) -> StoredConnection:
