@@ -145,12 +145,13 @@ def export_model(trainer: Trainer, data: RunData, folder: Path) -> None:
     """The tuned model in `folder`: a stock checkpoint, its tokenizer, the connection. Every rank must call it."""
     model = trainer.engine.module
     state_dict = full_state_dict(model, keep=trainer.group.is_main)
-    if trainer.group.is_main:
-        _complete_generation_config(model, data)
-        model.save_pretrained(folder, state_dict=state_dict)
-        data.tokenizer.save_pretrained(folder)
-        log.info("saved the model in %s", folder)
-    trainer.group.barrier()
+    with main_first(trainer.group, "saving the model"):
+        if trainer.group.is_main:
+            _complete_generation_config(model, data)
+            model.save_pretrained(folder, state_dict=state_dict)
+            data.tokenizer.save_pretrained(folder)
+            log.info("saved the model in %s", folder)
+    trainer.group.barrier()  # rank 0, which may hold the store, does not leave while another still looks into it
 
 
 def _complete_generation_config(model: CCModelForCausalLM, data: RunData) -> None:
