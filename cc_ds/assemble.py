@@ -44,8 +44,9 @@ def build_data(config: Config, group: Group) -> RunData:
     """Tokenise the training and validation rows: rank 0 first, the others read its cache."""
     model, data = config.model, config.data
     export.check_model_folder(model.model_name_or_path)
-    tokenizer = AutoTokenizer.from_pretrained(
-        model.tokenizer_name or model.model_name_or_path, trust_remote_code=model.trust_remote_code
+    option = "tokenizer_name" if model.tokenizer_name else "model_name_or_path"
+    tokenizer = export.load_part(
+        AutoTokenizer, getattr(model, option), option, trust_remote_code=model.trust_remote_code
     )
     template = load_template(tokenizer, model.chat_template)
 
@@ -77,8 +78,11 @@ def build_model(config: Config, group: Group) -> tuple[CCModelForCausalLM, dict[
     if not group.is_main:
         transformers_logging.set_verbosity_error()  # rank 0 speaks
     transformers_logging.disable_progress_bar()
-    hf_config = AutoConfig.from_pretrained(
-        model_config.model_name_or_path, trust_remote_code=model_config.trust_remote_code
+    hf_config = export.load_part(
+        AutoConfig,
+        model_config.model_name_or_path,
+        "model_name_or_path",
+        trust_remote_code=model_config.trust_remote_code,
     )
     ds_config = engine_config(train, hf_config.hidden_size)
     # Plain SFT trains no W, which would be the identity in the tuned model.
@@ -146,12 +150,13 @@ def export_model(trainer: Trainer, data: RunData, folder: Path) -> None:
     """The tuned model in `folder`: a stock checkpoint, its tokenizer, the connection. Every rank must call it."""
     model = trainer.engine.module
     state_dict = full_state_dict(model, keep=trainer.group.is_main)
-    if trainer.group.is_main:
-        _complete_generation_config(model, data)
-        model.save_pretrained(folder, state_dict=state_dict)
-        data.tokenizer.save_pretrained(folder)
-        log.info("saved the model in %s", folder)
-    trainer.group.barrier()
+    with main_first(trainer.group, "saving the model"):
+        if trainer.group.is_main:
+            _complete_generation_config(model, data)
+            model.save_pretrained(folder, state_dict=state_dict)
+            data.tokenizer.save_pretrained(folder)
+            log.info("saved the model in %s", folder)
+    trainer.group.barrier()  # rank 0, which may hold the store, does not leave while another still looks into it
 
 
 def _complete_generation_config(model: CCModelForCausalLM, data: RunData) -> None:

@@ -68,14 +68,11 @@ def load_model(args: argparse.Namespace) -> tuple[CCModelForCausalLM, Any, Templ
     from cc_ds import CCModelForCausalLM
     from cc_ds.data.templates import load_template
     from cc_ds.dist.group import choose_accelerator
-    from cc_ds.export import check_model_folder
+    from cc_ds.export import check_model_folder, load_part
 
     choose_accelerator()
     check_model_folder(args.model)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(args.model)
-    except OSError as error:
-        raise ValueError(f"{args.model}: no model folder with a tokenizer ({error})") from error
+    tokenizer = load_part(AutoTokenizer, args.model, "--model")
     template = load_template(tokenizer, args.chat_template)
     if getattr(args, "deepspeed", None):
         from cc_ds.dist.inference import load_partitioned

@@ -13,11 +13,13 @@ import re
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers.utils import cached_file
 
 from cc_ds.config import CCConfig, from_dict
 from cc_ds.connection.transform import Transform
@@ -34,7 +36,7 @@ LORA_FILE = "cc_lora.json"
 
 @dataclass(frozen=True, slots=True)
 class StoredConnection:
-    """The connection as a folder holds it; every part may be absent."""
+    """The connection as a model folder or a model on the hub holds it; every part may be absent."""
 
     folder: str
     cc_config: CCConfig | None = None
@@ -67,24 +69,51 @@ def check_model_folder(path_or_id: str | Path) -> None:
         raise ValueError(f"{folder}: a model folder without weights (no *.safetensors); {remedy}")
 
 
-def read_connection(path_or_id: str | Path) -> StoredConnection:
-    """The connection stored in a folder.
+def load_part(part: type, path_or_id: str | Path, option: str, **kwargs) -> Any:
+    """`part.from_pretrained(path_or_id)`: a model's config or its tokenizer.
+
+    Args:
+        part: AutoConfig or AutoTokenizer.
+        option: what the user named the model with.
+
+    Raises:
+        ValueError: there is no such model, or it is neither in the cache nor can the hub be asked.
+    """
+    try:
+        return part.from_pretrained(path_or_id, **kwargs)
+    except OSError as error:
+        raise ValueError(
+            f"{option} {path_or_id}: can't be loaded ({str(error).splitlines()[0]}); name a model folder, or a model "
+            f"on the hub (one that is in the cache, where the hub can't be reached)"
+        ) from error
+
+
+def read_connection(path_or_id: str | Path, **hub) -> StoredConnection:
+    """The connection stored in a folder, or beside a model on the hub, whose files are fetched or found in the cache.
+
+    A model without these files has none; nor has one whose files are not in the cache while the hub can't be reached.
+
+    Args:
+        hub: cache_dir, local_files_only, revision and token, as for the stock model's `from_pretrained`.
 
     Raises:
         ValueError: a file that is truncated or not safetensors, or settings that are not known.
+        OSError: the hub has no such model or does not give it out.
     """
-    folder = Path(path_or_id)
+    config_path, path = (
+        cached_file(path_or_id, name, _raise_exceptions_for_missing_entries=False, **hub)
+        for name in (CONFIG_FILE, CONNECTION_FILE)
+    )
     cc_config = None
-    if (folder / CONFIG_FILE).is_file():
+    if config_path is not None:
         try:
-            stored = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+            stored = json.loads(Path(config_path).read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:
-            raise ValueError(f"{folder / CONFIG_FILE}: not JSON ({error}); export the model again") from error
-        cc_config = from_dict(CCConfig, stored, source=str(folder / CONFIG_FILE))
+            raise ValueError(f"{config_path}: not JSON ({error}); export the model again") from error
+        cc_config = from_dict(CCConfig, stored, source=config_path)
     tensors: dict[str, Tensor] = {}
     metadata: dict[str, str] = {}
-    path = folder / CONNECTION_FILE
-    if path.is_file():
+    if path is not None:
         try:
             with safe_open(path, framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
@@ -96,7 +125,7 @@ def read_connection(path_or_id: str | Path) -> StoredConnection:
         transform = Transform.from_file(tensors, metadata)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    return StoredConnection(str(folder), cc_config, decision_maker, transform)
+    return StoredConnection(str(path_or_id), cc_config, decision_maker, transform)
 
 
 def apply_connection(model, stored: StoredConnection) -> None:

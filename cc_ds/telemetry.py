@@ -109,6 +109,7 @@ class Window:
         self.index = {language: position for position, language in enumerate(self.languages)}
         self.sums = torch.zeros(5, dtype=torch.float64, device=group.device)
         self.choices = torch.zeros(len(self.languages), num_layers, dtype=torch.float64, device=group.device)
+        self.step_sums, self.step_choices = torch.zeros_like(self.sums), torch.zeros_like(self.choices)
         self.reset()
 
     def reset(self) -> None:
@@ -129,16 +130,25 @@ class Window:
             entropy_K = -(probabilities * probabilities.clamp_min(1e-30).log()).sum(dim=-1)
             entropy = torch.where(mask, entropy_K, 0.0).sum()
             ratio = torch.where(mask, output.fusion_ratio, 0.0).sum()
-            self.choices.index_add_(0, self._language_rows(batch), output.choice.to(self.choices.dtype))
+            self.step_choices.index_add_(0, self._language_rows(batch), output.choice.to(self.choices.dtype))
         values = (output.loss.detach(), sum(batch.target.lengths), connected, entropy, ratio)
-        sums = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=self.sums.device) for v in values])
-        # A batch whose loss is not finite is skipped (guard.py); it must not hide the others of its window.
-        self.sums += torch.nan_to_num(sums, nan=0.0, posinf=0.0, neginf=0.0)
+        sums = [torch.as_tensor(value, dtype=torch.float64, device=self.sums.device) for value in values]
+        self.step_sums += torch.stack(sums)
 
     def add_step(self, english_tokens: int, applied: bool) -> None:
-        """A step that read so many English tokens on this rank, and whether it changed the weights."""
+        """The end of a step that read so many English tokens on this rank, and whether it changed the weights.
+
+        Of a step that was skipped (guard.py) the tokens count alone: they took their time.
+        """
         self.english_tokens += english_tokens
         self.steps += applied
+        if applied:
+            self.sums += self.step_sums
+            self.choices += self.step_choices
+        else:
+            self.sums[1] += self.step_sums[1]
+        self.step_sums.zero_()
+        self.step_choices.zero_()
 
     def _language_rows(self, batch: PackedBatch) -> Tensor:
         """(K,): the row of `choices` that each connected example counts in."""

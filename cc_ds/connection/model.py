@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, Cache, PretrainedConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.utils import resolve_revision
 
 from cc_ds import export
 from cc_ds.config import CCConfig
@@ -38,6 +39,7 @@ from cc_ds.models.lora import merged
 
 # The Decision Maker's name in the authors' checkpoints.
 _AUTHORS_KEYS = {r"^model\.source_select\.": "decision_maker."}
+_HUB_OPTIONS = ("cache_dir", "local_files_only", "revision", "token")
 
 
 @dataclass
@@ -89,27 +91,30 @@ class CCModelForCausalLM:
 
         Args:
             path_or_id: a folder, or a name on the Hugging Face hub.
-            cc_config: the connection's settings; None: those stored in the folder, else the defaults.
+            cc_config: the connection's settings; None: those stored with the model, else the defaults.
             torch_dtype: of the weights; None: as stored.
             kwargs: for the stock model's `from_pretrained`.
 
         Returns:
-            The model in evaluation mode. A Decision Maker that the folder does not hold is initialised as Hugging Face
+            The model in evaluation mode. A Decision Maker that is not stored with it is initialised as Hugging Face
             initialises a Linear.
 
         Raises:
             ValueError: an unknown family, no weights, or a connection file that does not fit the model.
         """
         export.check_model_folder(path_or_id)
+        hub = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
+        # One commit for all files; what the hub is known not to have of it is not asked for again.
+        hub["revision"] = resolve_revision(path_or_id, **hub)
         config = kwargs.pop("config", None) or AutoConfig.from_pretrained(
-            path_or_id, trust_remote_code=kwargs.get("trust_remote_code", False)
+            path_or_id, trust_remote_code=kwargs.get("trust_remote_code", False), **hub
         )
-        stored = export.read_connection(path_or_id)
+        stored = export.read_connection(path_or_id, **hub)
         if torch_dtype is not None:
             kwargs["dtype"] = torch_dtype
         kwargs["key_mapping"] = {**_AUTHORS_KEYS, **kwargs.get("key_mapping", {})}
         model = super(CCModelForCausalLM, concrete_class(config)).from_pretrained(
-            path_or_id, config=config, cc_config=cc_config or stored.cc_config, **kwargs
+            path_or_id, config=config, cc_config=cc_config or stored.cc_config, **(kwargs | hub)
         )
         export.apply_connection(model, stored)
         return model

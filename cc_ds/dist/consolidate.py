@@ -234,14 +234,20 @@ class _Flat:
         return torch.cat(parts) if len(parts) != 1 else parts[0]
 
 
-def _load(file: Path) -> dict[str, Any]:
-    """A checkpoint file, mapped. Nothing in it can run code: two harmless classes of DeepSpeed's are let through."""
+def load_without_code(file: str | Path, **options) -> Any:
+    """torch.load of what DeepSpeed saved. Nothing in it can run code: its harmless classes alone are let through."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
 
+    with torch.serialization.safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]):
+        return torch.load(file, weights_only=True, **options)
+
+
+def _load(file: Path) -> dict[str, Any]:
+    """A checkpoint file, mapped."""
     try:
-        with torch.serialization.safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum]):
-            return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        return load_without_code(file, map_location="cpu", mmap=True)
     except Exception as error:  # torch raises many kinds for a damaged file
         raise ValueError(f"{file}: can't be read ({str(error).splitlines()[0]}); take another checkpoint") from error
 

@@ -1,8 +1,9 @@
 """Waiting for the main rank while it works for longer than a collective may take.
 
 A rank that waits in a barrier for the process group's limit (DeepSpeed's is 10 minutes, DEEPSPEED_TIMEOUT) ends the
-job. Tokenising a large data set or converting a checkpoint takes longer. So the ranks look instead, once in a while,
-into the store through which they met, where the main rank leaves a word when it has done, or has failed.
+job. Tokenising a large data set, converting a checkpoint or saving a large model takes longer. So the ranks look
+instead, once in a while, into the store through which they met, where the main rank leaves a word when it has done, or
+has failed.
 """
 
 from __future__ import annotations

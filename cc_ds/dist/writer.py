@@ -3,6 +3,8 @@
 DeepSpeed meets at barriers while it saves. A rank that raises in between (its disk is full) would leave the others
 waiting there, so this writer keeps the first error to itself, writes nothing more, and `checkpoint.save_checkpoint`
 lets all ranks compare notes afterwards.
+
+DeepSpeed unpickles what it reads, whatever it is. Here a file that would run code is refused.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ from typing import Any
 import torch
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 
+from cc_ds.dist.consolidate import load_without_code
+
 
 @dataclass(frozen=True, slots=True)
 class WrittenFile:
@@ -26,7 +30,7 @@ class WrittenFile:
 
 
 class CheckpointWriter(TorchCheckpointEngine):
-    """DeepSpeed's own engine, but for how files are written. Reading is unchanged."""
+    """DeepSpeed's own engine, but for how files are written and read."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,6 +64,10 @@ class CheckpointWriter(TorchCheckpointEngine):
             self.error = f"{path}: {error.strerror}"
         else:
             self.files[path] = WrittenFile(sink.size, sink.digest.hexdigest())
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        """Read one file. pickle.UnpicklingError: it holds more than tensors, plain values and known classes."""
+        return load_without_code(path, map_location=map_location)
 
 
 class _HashedSink:

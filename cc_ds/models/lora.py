@@ -25,10 +25,12 @@ def add_lora(model: nn.Module, settings: ModelConfig) -> None:
     """Freeze the model but for its connection and put adapters beside its linear layers, in place.
 
     Raises:
-        ValueError: peft is not installed, or no layer has a name of `lora_target_modules`.
+        ValueError: peft is not installed, or a name of `lora_target_modules` is of no layer or of one that is not
+            nn.Linear.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model
+        from peft.tuners.lora import LoraLayer
     except ImportError as error:
         raise ValueError("lora_rank needs peft: pip install 'cc_ds[lora]'") from error
     names = settings.lora_target_modules
@@ -40,6 +42,12 @@ def add_lora(model: nn.Module, settings: ModelConfig) -> None:
         exclude_modules=["decision_maker", "trained_transform"],  # nn.Linear too
     )
     inject_adapter_in_model(config, model, adapter_name=_ADAPTER)
+    # peft adapts embeddings and others too, with factors of other names and shapes, which `merged` does not know.
+    adapted = {name: layer.get_base_layer() for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
+    others = [f"{name} ({type(layer).__name__})" for name, layer in adapted.items() if not isinstance(layer, nn.Linear)]
+    if others:
+        what = f"lora_target_modules {' '.join(names)} matches {', '.join(others[:3])}"
+        raise ValueError(f"{what}; name nn.Linear layers alone, as adapters of others can't be merged into the export")
     model.decision_maker.requires_grad_(True)
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cc_ds.dist.group import Group
+from cc_ds.dist.patience import main_first
 from cc_ds.dist.zero import full_state_dict
 from cc_ds.eval.run import write_json
 from cc_ds.infer.prompts import pad_token_id
@@ -122,12 +123,13 @@ def save_fitted(
     """
     folder, group = Path(folder), group or Group.alone()
     state_dict = full_state_dict(model, keep=group.is_main)
-    if group.is_main:
-        model.save_pretrained(folder, state_dict=state_dict)
-        tokenizer.save_pretrained(folder)
-        write_json(result, folder / "transform_report.json")
-        plot_report(result, folder / "figures")
-    group.barrier()
+    with main_first(group, "saving the model"):
+        if group.is_main:
+            model.save_pretrained(folder, state_dict=state_dict)
+            tokenizer.save_pretrained(folder)
+            write_json(result, folder / "transform_report.json")
+            plot_report(result, folder / "figures")
+    group.barrier()  # rank 0, which may hold the store, does not leave while another still looks into it
 
 
 def _numbers(result: FitResult) -> dict[str, Any]:

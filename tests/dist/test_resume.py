@@ -38,7 +38,7 @@ def _weights(folder) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors") | load_file(folder / "cc_connection.safetensors")
 
 
-@pytest.mark.parametrize("zero", [0, 3])
+@pytest.mark.parametrize("zero", [0, 2, 3])
 def test_bit_for_bit(zero, command, tmp_path):
     config = tmp_path / "zero.json"
     config.write_text(json.dumps({"zero_optimization": {"stage": zero}}), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Settings that do not go together are refused before anything is loaded; what a model brings to a run."""
+"""Settings that do not go together, and models that are not there, are refused; what a model brings to a run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import tiny_models
 import torch
 
 from cc_ds import CCModelForCausalLM
-from cc_ds.assemble import build_model
+from cc_ds.assemble import build_data, build_model
 from cc_ds.config import load_config
 from cc_ds.dist.group import Group
 
@@ -50,3 +50,13 @@ def test_a_trained_matrix_starts_from_the_folders(tmp_path):
     model.save_pretrained(tmp_path)
     model = build(tmp_path, tmp_path, "--transform_share", "0.5")
     assert torch.equal(model.trained_transform.weight.T, matrix) and model.transform is None
+
+
+@pytest.mark.parametrize("step", [build_data, build_model])
+def test_a_model_that_is_not_there_is_a_mistake(step, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    options = ["--model_name_or_path", "nobody/nothing", "--train_file", "rows.jsonl", "--output_dir", str(tmp_path)]
+    with pytest.raises(ValueError, match=r"^model_name_or_path nobody/nothing: can't be loaded \(We .*; name a model"):
+        step(load_config(options), Group.alone())
+    with pytest.raises(ValueError, match=r"^tokenizer_name no/tokenizer: can't be loaded"):
+        build_data(load_config([*options, "--tokenizer_name", "no/tokenizer"]), Group.alone())

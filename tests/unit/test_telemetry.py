@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+
+import pytest
 import torch
 from tiny_models import LAYERS, batch, cc_model, tokenised_rows
 
@@ -48,6 +52,25 @@ def test_fusion_ratio_is_what_moves_the_row():
     chosen = output.english_activations[output.choice.argmax(dim=1), torch.arange(3)]
     expected = chosen.norm(dim=1) / before.activations()[0].norm(dim=1)
     torch.testing.assert_close(output.fusion_ratio, expected, atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("loss", [8.0, math.nan])
+def test_of_a_skipped_step_the_tokens_count_alone(loss):
+    model = cc_model()
+    model.set_attn_implementation(PACKED)
+    batch = pack(tokenised_rows(), 0)
+    output = model(packed=batch, num_items_in_batch=1)
+    windows = [Window(ALONE, ["sw"], LAYERS) for _ in range(2)]
+    for window in windows:
+        window.add_batch(output, batch)
+        window.add_step(7, applied=True)
+    skipped = dataclasses.replace(output, loss=torch.tensor(loss), fusion_ratio=9 * output.fusion_ratio)
+    windows[0].add_batch(skipped, batch)
+    windows[0].add_step(7, applied=False)
+    with_skipped, without = (window.read() for window in windows)
+    for name in ("loss", "gate_entropy", "fusion_ratio", "chosen_layers"):
+        assert with_skipped[name] == without[name]
+    assert windows[0].english_tokens == 14 and windows[0].sums[1] == 2 * windows[1].sums[1]
 
 
 def test_a_window_without_english_says_nothing_of_the_gate():

@@ -132,6 +132,21 @@ def test_save_and_load(family, tmp_path, caplog):
     assert json.loads((tmp_path / "config.json").read_text())["architectures"] == [type(stock).__name__]
 
 
+@pytest.mark.parametrize("connected", [True, False])
+def test_a_model_of_the_hub_comes_with_its_connection(connected, tmp_path):
+    model, commit = cc_model(fuse_layer=2), "0" * 40
+    model.set_transform(torch.full((HIDDEN, HIDDEN), 3.0))
+    (tmp_path / "models--user--name/refs").mkdir(parents=True)
+    (tmp_path / "models--user--name/refs/main").write_text(commit)
+    (model if connected else stock_twin(model)).save_pretrained(tmp_path / "models--user--name/snapshots" / commit)
+    loaded = CCModelForCausalLM.from_pretrained("user/name", cache_dir=tmp_path, local_files_only=True)
+    assert torch.equal(loaded.model.embed_tokens.weight, model.model.embed_tokens.weight)
+    assert torch.equal(loaded.decision_maker.weight, model.decision_maker.weight) == connected
+    assert (loaded.cc_config == model.cc_config) == connected
+    assert (loaded.transform is not None) == connected
+    assert not connected or torch.equal(loaded.transform.matrix, model.transform.matrix)
+
+
 def test_a_transform_that_was_trained_is_saved_and_trained_on(tmp_path):
     model = cc_model(transform_share=0.5)
     matrix = torch.randn(HIDDEN, HIDDEN)

@@ -10,14 +10,18 @@ import sys
 import threading
 import time
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
+import tiny_models
 import torch
 from torch.distributed import HashStore
 
+from cc_ds.assemble import export_model
 from cc_ds.dist import patience
 from cc_ds.dist.group import Group
 from cc_ds.dist.patience import main_first
+from cc_ds.transform import run as fit
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 
@@ -113,3 +117,33 @@ def test_who_waits_says_so(other, monkeypatch, caplog):
         time.sleep(0.3)
     other()
     assert "waiting for rank 0, which is tokenising" in caplog.text
+
+
+@pytest.mark.parametrize("what", ["trained", "fitted"])
+def test_no_rank_is_in_a_barrier_while_the_main_one_saves(what, tmp_path, monkeypatch):
+    store, in_barrier, meanwhile = HashStore(), [], []
+    monkeypatch.setattr(patience, "_get_default_store", lambda: store)
+    monkeypatch.setattr(patience, "_calls", itertools.repeat(0))
+    monkeypatch.setattr(torch.distributed, "barrier", lambda: in_barrier.append(threading.current_thread().name))
+    monkeypatch.setattr(fit, "write_json", MagicMock())
+    monkeypatch.setattr(fit, "plot_report", MagicMock())
+    model = tiny_models.cc_model()
+
+    def save_slowly(*args, **kwargs):
+        time.sleep(1.2)
+        meanwhile.extend(in_barrier)
+
+    monkeypatch.setattr(model, "save_pretrained", save_slowly)
+
+    def save(rank: int):
+        group = Group(rank, 2, torch.device("cpu"))
+        if what == "fitted":
+            fit.save_fitted(model, MagicMock(), {}, tmp_path, group)
+        else:
+            export_model(MagicMock(engine=MagicMock(module=model), group=group), MagicMock(), tmp_path)
+
+    other = threading.Thread(target=save, args=(1,), name="other")
+    other.start()
+    save(0)
+    other.join(10)
+    assert meanwhile == [] and len(in_barrier) == 2
