@@ -25,8 +25,8 @@ def add_lora(model: nn.Module, settings: ModelConfig) -> None:
     """Freeze the model but for its connection and put adapters beside its linear layers, in place.
 
     Raises:
-        ValueError: peft is not installed, or a name of `lora_target_modules` is of no layer or of one that is not
-            nn.Linear.
+        ValueError: peft is not installed, or a name of `lora_target_modules` is of no layer, of one that is not
+            nn.Linear, or of an LM head that is tied to the embeddings.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model
@@ -48,6 +48,12 @@ def add_lora(model: nn.Module, settings: ModelConfig) -> None:
     if others:
         what = f"lora_target_modules {' '.join(names)} matches {', '.join(others[:3])}"
         raise ValueError(f"{what}; name nn.Linear layers alone, as adapters of others can't be merged into the export")
+    embeddings = model.get_input_embeddings().weight
+    if any(layer.weight is embeddings for layer in adapted.values()):
+        raise ValueError(
+            "lora_target_modules matches the LM head, whose weight is the embeddings' too (tied): merged into one it "
+            "would change the other; leave it out"
+        )
     model.decision_maker.requires_grad_(True)
 
 

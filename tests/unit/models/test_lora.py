@@ -22,6 +22,17 @@ def test_a_layer_that_is_not_linear_is_refused():
         add_lora(tiny_models.cc_model(), settings)
 
 
+@pytest.mark.filterwarnings("ignore:Model has")  # peft says so too
+def test_a_head_that_is_tied_is_refused():
+    settings = ModelConfig(model_name_or_path="", lora_rank=2, lora_target_modules=("q_proj", "lm_head"))
+    model = tiny_models.cc_model()
+    add_lora(model, settings)
+    tied = tiny_models.cc_model("gemma3_text")
+    assert tied.config.tie_word_embeddings
+    with pytest.raises(ValueError, match="tied"):
+        add_lora(tied, settings)
+
+
 def test_the_trained_transform_is_trained_beside_the_adapters(tmp_path):
     tiny_models.cc_model().save_pretrained(tmp_path)
     options = ["--model_name_or_path", str(tmp_path), "--train_file", "rows.jsonl", "--output_dir", str(tmp_path)]
