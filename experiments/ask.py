@@ -7,14 +7,15 @@ one token. The answer is the option whose first token is likeliest; options have
 
 Modes. E stands for the real English activations, S for the prompt's own, W for the fitted matrix:
     none          no connection
-    matrix        S W, the Decision Maker chooses the layer: how it is deployed
+    matrix        S W, the Decision Maker chooses the layer: how it is deployed in other languages than English
     per-layer     S W_l, a matrix for each layer
     rows          S W, W fitted on prompts of the training rows
     trained       S W, of the W that was trained with the model, where one was (transform_share)
     identity      S, as if W were the identity
     random        S W of a layer drawn for each row, instead of the Decision Maker's
     mean          the mean of S W over the layers, instead of one of them
-    english       E, the upper bound for any matrix (rows in English: no connection)
+    english       E itself (rows in English: no connection)
+All but none and english connect rows in English too, which a deployed model reads without the connection: as `none`.
 
 Shapes: B rows, L layers, H hidden size.
 """
