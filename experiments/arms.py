@@ -1,7 +1,8 @@
 """What is compared: how each arm is trained, and which tables there are. configs/MODEL.yaml has what all arms share.
 
 All arms start from the same model and take the same steps, and a step holds the same target rows for the same seed. In
-sft-english each of them has its English twin beside it as a row of its own: the English prompts that CC-Tuning reads.
+sft-english and cc-norm-english each of them has its English twin beside it as a row of its own, answer and all: it is
+the English prompt that CC-Tuning reads anyway.
 """
 
 from __future__ import annotations
@@ -23,11 +24,13 @@ class Asked:
     """Languages that are left away."""
     every: int = 1
     """One item in so many, the same items in every language."""
+    pairs: int = 500
+    """NTREX pairs that are read for its matrices; of the training rows, twice as many."""
 
 
-MODELS = {"gemma": Asked(), "smollm2": Asked(without=("bn", "te"), every=2)}
+MODELS = {"gemma": Asked(), "smollm2": Asked(without=("bn", "te"), every=2, pairs=250)}
 """SmolLM2 spells most scripts letter by letter: all questions are 324,000 tokens to it (117,000 to Gemma), and those it
-is asked 121,000."""
+is asked 121,000; 1500 pairs would be as many again three times."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +54,7 @@ ARMS = {
     "cc": Arm("cc"),
     "cc-nograd": Arm("cc", options={"english_grad": "false"}),
     "cc-norm": Arm("cc", options=NORM),
+    "cc-norm-english": Arm("cc", twins=True, options=NORM),
     "cc-norm-dropout": Arm("cc", options=NORM | {"english_dropout": "0.5"}),
     "cc-faster": Arm("cc", options=FASTER),
     "cc-norm-faster": Arm("cc", options=NORM | FASTER),

@@ -33,8 +33,8 @@ from cc_ds.transform.sample import sample_pairs
 from experiments.ask import Question, ask, correct, read_anchors
 
 RIDGES = (0.01, 0.1, 1.0)
-PAIRS = {"pairs.jsonl": 500, "train.jsonl": 1000}
-"""How many of each file are read."""
+SHARES = {"pairs.jsonl": 1, "train.jsonl": 2}
+"""Of each file so many times --pairs are read."""
 HELD_OUT = 0.1
 
 
@@ -43,6 +43,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = cli.tool_parser(__doc__)
     parser.add_argument("--data", type=Path, required=True, help="what prepare_data.py wrote")
     parser.add_argument("--method", choices=("cc", "sft"), required=True)
+    parser.add_argument(
+        "--pairs", type=cli.positive, default=500, help="NTREX pairs to read for matrices; of rows twice as many"
+    )
     parser.add_argument("--without", nargs="*", default=[], metavar="LANG", help="languages not to ask in")
     parser.add_argument("--every", type=cli.positive, default=1, help="ask one item in so many (default 1: all)")
     parser.add_argument("--output", type=Path, required=True, help="json file for the result")
@@ -53,8 +56,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.method == "cc":
         trained = model.transform
         general, rows = (
-            read_pairs(model, template, args.data / name, count, args.batch_size, args.seed)
-            for name, count in PAIRS.items()
+            read_pairs(model, template, args.data / name, share * args.pairs, args.batch_size, args.seed)
+            for name, share in SHARES.items()
         )
         transforms, fits = fit_matrices(general, rows)
         if trained is not None:  # CCConfig.transform_share

@@ -129,8 +129,8 @@ def run_one(places: Places, arm: str, seed: int, threads: int, max_steps: int | 
     log.info("%s, seed %d: asking", arm, seed)
     asked = MODELS[places.model]
     _python("experiments/measure.py", "--model", run, "--data", places.data, "--method", ARMS[arm].method, "--seed",
-            seed, "--batch_size", 32, "--every", asked.every, "--without", *asked.without, "--output",
-            run / "result.json", log_file=run / "measure.log", threads=threads)  # fmt: skip
+            seed, "--batch_size", 32, "--pairs", asked.pairs, "--every", asked.every, "--without", *asked.without,
+            "--output", run / "result.json", log_file=run / "measure.log", threads=threads)  # fmt: skip
     for checkpoint in run.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
     log.info("%s, seed %d: done", arm, seed)

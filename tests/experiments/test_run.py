@@ -82,8 +82,8 @@ def test_a_model_is_asked_what_it_is_to_be_asked(calls, tmp_path):
     run.main(command(tmp_path, "--seeds", "1", "--model", "smollm2", "--split", "test", "--benchmark_rows", "50"))
     assert calls[0][1][-4:] == ["--split", "test", "--benchmark_rows", "50"]
     words = next(words for script, words in calls if "measure" in script)
-    start = words.index("--every")
-    assert words[start : start + 6] == ["--every", "2", "--without", "bn", "te", "--output"]
+    start = words.index("--pairs")
+    assert words[start : start + 8] == ["--pairs", "250", "--every", "2", "--without", "bn", "te", "--output"]
 
 
 def test_one_failure_does_not_stop_the_others(calls, tmp_path, monkeypatch):
