@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from cc_ds import export
-from cc_ds.config import Config
+from cc_ds.config import READ_SETTINGS, Config
 from cc_ds.connection.loss import liger_loss
 from cc_ds.connection.model import CCModelForCausalLM, concrete_class
 from cc_ds.data.templates import Template, load_template
@@ -38,6 +38,22 @@ class RunData:
     template: Template
     train: Dataset
     validation: Dataset | None
+
+
+def with_stored_connection(config: Config, group: Group) -> Config:
+    """Where a tuned model is tuned further, its connection stays as it was trained, unless the user says otherwise."""
+    model = config.model
+    export.check_model_folder(model.model_name_or_path)
+    _load_config(config)  # a model that is not there is told here
+    stored = export.read_cc_config(model.model_name_or_path)
+    if stored is None:
+        return config
+    kept = {name: getattr(stored, name) for name in READ_SETTINGS if name not in config.given}
+    kept = {name: value for name, value in kept.items() if value != getattr(config.cc, name)}
+    if kept and group.is_main:
+        words = ", ".join(f"{name} {value}" for name, value in kept.items())
+        log.info("%s was trained with %s: so it goes on", model.model_name_or_path, words)
+    return replace(config, cc=replace(config.cc, **kept))
 
 
 def build_data(config: Config, group: Group) -> RunData:
@@ -78,12 +94,7 @@ def build_model(config: Config, group: Group) -> tuple[CCModelForCausalLM, dict[
     if not group.is_main:
         transformers_logging.set_verbosity_error()  # rank 0 speaks
     transformers_logging.disable_progress_bar()
-    hf_config = export.load_part(
-        AutoConfig,
-        model_config.model_name_or_path,
-        "model_name_or_path",
-        trust_remote_code=model_config.trust_remote_code,
-    )
+    hf_config = _load_config(config)
     ds_config = engine_config(train, hf_config.hidden_size)
     # Plain SFT trains no W, which would be the identity in the tuned model.
     cc_config = replace(config.cc, transform_share=0.0) if train.method == "sft" else config.cc
@@ -124,6 +135,11 @@ def build_model(config: Config, group: Group) -> tuple[CCModelForCausalLM, dict[
     return model, ds_config
 
 
+def _load_config(config: Config) -> PretrainedConfig:
+    name, trusted = config.model.model_name_or_path, config.model.trust_remote_code
+    return export.load_part(AutoConfig, name, "model_name_or_path", trust_remote_code=trusted)
+
+
 def build_trainer(
     config: Config,
     group: Group,
@@ -136,9 +152,9 @@ def build_trainer(
     """The engine over the model and the trainer over the engine."""
     total_steps = count_steps(config, len(data.train), group.data_size)
     engine = build_engine(model, ds_config, config.train, total_steps, group)
+    complete_generation_config(model, data)
 
     def describe(folder: Path) -> None:
-        _complete_generation_config(model, data)
         export.write_description(model, folder)
         data.tokenizer.save_pretrained(folder)
 
@@ -152,15 +168,27 @@ def export_model(trainer: Trainer, data: RunData, folder: Path) -> None:
     state_dict = full_state_dict(model, keep=trainer.group.is_main)
     with main_first(trainer.group, "saving the model"):
         if trainer.group.is_main:
-            _complete_generation_config(model, data)
             model.save_pretrained(folder, state_dict=state_dict)
             data.tokenizer.save_pretrained(folder)
             log.info("saved the model in %s", folder)
     trainer.group.barrier()  # rank 0, which may hold the store, does not leave while another still looks into it
 
 
-def _complete_generation_config(model: CCModelForCausalLM, data: RunData) -> None:
-    """A built-in template travels with the model, and generate stops where its turn ends."""
+def complete_generation_config(model: CCModelForCausalLM, data: RunData) -> None:
+    """A built-in template travels with the model, and generate stops where its turn ends.
+
+    Before the first step: transformers refuses to save some settings that it loads.
+    """
     data.tokenizer.chat_template = data.template.chat_template
-    model.generation_config.eos_token_id = list(data.template.stop_token_ids)
-    model.generation_config.pad_token_id = pad_token_id(data.tokenizer)
+    settings = model.generation_config
+    settings.eos_token_id = list(data.template.stop_token_ids)
+    settings.pad_token_id = pad_token_id(data.tokenizer)
+    try:
+        settings.validate(strict=True)
+    except ValueError:
+        # A temperature or top_p beside `do_sample: false`, or beside nothing: whoever wrote them meant to sample.
+        settings.do_sample = True
+        try:
+            settings.validate(strict=True)
+        except ValueError as error:
+            raise ValueError(f"the model's generation_config.json could not be saved again: {error}") from error

@@ -51,6 +51,10 @@ class CCConfig:
         _require(both <= 1, "english_dropout + transform_share", both, "at most 1")
 
 
+READ_SETTINGS = ("fuse_layer", "fuse_norm", "gate", "temperature")
+"""Settings of the connection that say what the model computes, in training and at inference."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
     """What is trained."""
@@ -223,6 +227,8 @@ class Config:
     data: DataConfig
     cc: CCConfig
     train: TrainConfig
+    given: frozenset[str] = frozenset()
+    """Keys that the user gave; the others have their defaults."""
 
 
 _PARTS: dict[str, type] = {"model": ModelConfig, "data": DataConfig, "cc": CCConfig, "train": TrainConfig}
@@ -246,7 +252,7 @@ def load_config(argv: list[str]) -> Config:
     for key, (_, source) in values.items():
         if key not in known:
             raise ValueError(f"{source}: unknown key {key!r}{_nearest(key, known)}")
-    return Config(**{name: _build(part, values) for name, part in _PARTS.items()})
+    return Config(**{name: _build(part, values) for name, part in _PARTS.items()}, given=frozenset(values))
 
 
 def parse_command_line(argv: list[str]) -> dict[str, str | list[str]]:

@@ -88,6 +88,18 @@ def load_part(part: type, path_or_id: str | Path, option: str, **kwargs) -> Any:
         ) from error
 
 
+def read_cc_config(path_or_id: str | Path, **hub) -> CCConfig | None:
+    """The settings of the connection that are stored with a model (`read_connection`); None: it has none."""
+    path = _stored_file(path_or_id, CONFIG_FILE, hub)
+    if path is None:
+        return None
+    try:
+        stored = json.loads(Path(path).read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not JSON ({error}); export the model again") from error
+    return from_dict(CCConfig, stored, source=path)
+
+
 def read_connection(path_or_id: str | Path, **hub) -> StoredConnection:
     """The connection stored in a folder, or beside a model on the hub, whose files are fetched or found in the cache.
 
@@ -100,17 +112,7 @@ def read_connection(path_or_id: str | Path, **hub) -> StoredConnection:
         ValueError: a file that is truncated or not safetensors, or settings that are not known.
         OSError: the hub has no such model or does not give it out.
     """
-    config_path, path = (
-        cached_file(path_or_id, name, _raise_exceptions_for_missing_entries=False, **hub)
-        for name in (CONFIG_FILE, CONNECTION_FILE)
-    )
-    cc_config = None
-    if config_path is not None:
-        try:
-            stored = json.loads(Path(config_path).read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{config_path}: not JSON ({error}); export the model again") from error
-        cc_config = from_dict(CCConfig, stored, source=config_path)
+    cc_config, path = read_cc_config(path_or_id, **hub), _stored_file(path_or_id, CONNECTION_FILE, hub)
     tensors: dict[str, Tensor] = {}
     metadata: dict[str, str] = {}
     if path is not None:
@@ -126,6 +128,10 @@ def read_connection(path_or_id: str | Path, **hub) -> StoredConnection:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return StoredConnection(str(path_or_id), cc_config, decision_maker, transform)
+
+
+def _stored_file(path_or_id: str | Path, name: str, hub: dict[str, Any]) -> str | None:
+    return cached_file(path_or_id, name, _raise_exceptions_for_missing_entries=False, **hub)
 
 
 def apply_connection(model, stored: StoredConnection) -> None:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from cc_ds import checkpoint as checkpoints
-from cc_ds.config import Config
+from cc_ds.config import READ_SETTINGS, Config
 from cc_ds.dist.engine import settings_kept
 from cc_ds.dist.group import Group
 from cc_ds.dist.patience import main_first
@@ -39,10 +39,10 @@ def layout_state(engine, group: Group, config: Config) -> dict[str, Any]:
 
 
 def check_trained(config: Config, path: Path) -> None:
-    """ValueError: the checkpoint at `path` is of a run that trained other weights, or in other groups."""
+    """ValueError: the checkpoint at `path` is of a run that trained another model, or other weights of it."""
     former_settings = checkpoints.read_state(path)["trained"]
-    for key, now in _trained(config).items():
-        if (former := former_settings[key]) != now:
+    for key, now in json.loads(json.dumps(_trained(config))).items():
+        if (former := former_settings.get(key)) != now:
             raise ValueError(
                 f"{path} was written with {key} {former}, this run has {now}: what is trained can't change in a run; "
                 f"give {key} as it was, or begin a new run with --model_name_or_path a tuned model"
@@ -50,10 +50,12 @@ def check_trained(config: Config, path: Path) -> None:
 
 
 def _trained(config: Config) -> dict[str, Any]:
-    """The settings that say which weights the optimiser has, and in how many groups."""
+    """The settings that say what the weights compute, which of them the optimiser has, and in how many groups."""
+    adapters = ("lora_rank", "lora_alpha", "lora_target_modules") if config.model.lora_rank else ("lora_rank",)
     return {
         "method": config.train.method,
-        "lora_rank": config.model.lora_rank,
+        **{name: getattr(config.model, name) for name in adapters},
+        **{name: getattr(config.cc, name) for name in READ_SETTINGS},
         "transform_share": "above 0" if config.cc.transform_share else "0",
         "connection_learning_rate": "none" if config.train.connection_learning_rate is None else "given",
     }

@@ -20,7 +20,7 @@ if __package__ in (None, ""):  # run as a script: import cc_ds from its parent, 
 import torch
 
 from cc_ds import cli
-from cc_ds.assemble import build_data, build_model, build_trainer, export_model
+from cc_ds.assemble import build_data, build_model, build_trainer, export_model, with_stored_connection
 from cc_ds.checkpoint import find_checkpoint, set_aside_later
 from cc_ds.config import Config, load_config
 from cc_ds.dist.group import Group, group_left_after, start_group
@@ -54,6 +54,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def train(config: Config, group: Group, run: RunState, requests: Requests) -> str:
     """Build the parts, resume, train, export. Returns the state the run ends in (run_state.py)."""
+    config = with_stored_connection(config, group)
     settings = config.train
     wanted, digests = settings.resume_from_checkpoint, settings.verify_checkpoint == "digests"
     checkpoint = find_checkpoint(wanted, settings.output_dir, group, digests) if wanted else None

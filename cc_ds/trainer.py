@@ -24,6 +24,7 @@ from cc_ds.config import Config
 from cc_ds.connection.decision import mix
 from cc_ds.data.dealing import RowLengths
 from cc_ds.data.packing import Packed, pack
+from cc_ds.data.tokenise import rows_digest
 from cc_ds.dist.engine import begin_backward, grad_norm
 from cc_ds.dist.group import Group
 from cc_ds.dist.signals import Request, Requests
@@ -200,6 +201,7 @@ class Trainer:
         """A checkpoint at this step."""
         state = {"step": self.step, "data": self.feed.state_dict(), "seed": self.train_config.seed}
         state |= layout_state(self.engine, self.group, self.config)
+        state["rows_digest"] = rows_digest(self.feed.stream.dataset)
         path = save_checkpoint(
             self.engine,
             self.group,
@@ -230,6 +232,9 @@ class Trainer:
         load_checkpoint(self.engine, self.group, self.run, path)
         self.step = self.run.step = state["step"]
         self.feed.load_state_dict(state["data"])
+        if state["rows_digest"] != rows_digest(self.feed.stream.dataset):
+            changed = "the data, the chat template, the tokenizer or the lengths have changed since"
+            log.warning("the rows are as many as in %s, but others: %s", path, changed)
         log.info("resumed from %s at step %d/%d", path, self.step, self.total_steps)
 
     # ---- small parts ----

@@ -83,6 +83,14 @@ def load_tokenised(
     return opened
 
 
+def rows_digest(rows: datasets.Dataset) -> str | None:
+    """SHA-256 of rows that `load_tokenised` gave; None for others."""
+    if not rows.cache_files:
+        return None
+    manifest = Path(rows.cache_files[0]["filename"]).with_name("manifest.json")
+    return json.loads(manifest.read_text(encoding="utf-8"))["data.arrow"] if manifest.exists() else None
+
+
 def _cache_key(sources: Sequence[Source], template: Template, options: Mapping[str, Any]) -> str:
     parts = {
         "version": FORMAT_VERSION,

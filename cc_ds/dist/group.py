@@ -33,6 +33,8 @@ class Group:
     rank: int
     world_size: int
     device: torch.device
+    local_rank: int = 0
+    """Which process of its node; ranks of a node are neighbours."""
     tensor_size: int = 1
     """Ranks that share one copy of the model."""
     data_group: dist.ProcessGroup | None = None
@@ -144,10 +146,10 @@ def start_group(tensor_size: int = 1) -> Group:
         deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     if tensor_size == 1:
-        return Group(rank, world_size, device)
+        return Group(rank, world_size, device, local_rank)
     if world_size % tensor_size:
         raise ValueError(f"tensor_parallel_size {tensor_size} does not divide the {world_size} ranks of this launch")
-    return Group(rank, world_size, device, tensor_size, *_tensor_parallel_groups(tensor_size))
+    return Group(rank, world_size, device, local_rank, tensor_size, *_tensor_parallel_groups(tensor_size))
 
 
 def _tensor_parallel_groups(tensor_size: int) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:

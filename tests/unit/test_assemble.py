@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from unittest.mock import MagicMock
+
 import pytest
 import tiny_models
 import torch
+from transformers import GenerationConfig
 
 from cc_ds import CCModelForCausalLM
-from cc_ds.assemble import build_data, build_model
-from cc_ds.config import load_config
+from cc_ds.assemble import RunData, build_data, build_model, complete_generation_config, with_stored_connection
+from cc_ds.config import CCConfig, load_config
 from cc_ds.dist.group import Group
 
 
@@ -50,6 +53,27 @@ def test_a_trained_matrix_starts_from_the_folders(tmp_path):
     model.save_pretrained(tmp_path)
     model = build(tmp_path, tmp_path, "--transform_share", "0.5")
     assert torch.equal(model.trained_transform.weight.T, matrix) and model.transform is None
+
+
+def test_a_model_tuned_further_keeps_the_connection_it_was_trained_with(tmp_path):
+    trained = {"fuse_layer": 1, "fuse_norm": "match", "gate": "soft", "temperature": 0.5}
+    tiny_models.cc_model(**trained, english_grad=False).save_pretrained(tmp_path)
+    words = ["--model_name_or_path", str(tmp_path), "--train_file", "rows.jsonl", "--output_dir", str(tmp_path)]
+    words += ["--gate", "hard", "--english_dropout", "0.25"]
+    config = with_stored_connection(load_config(words), Group.alone())
+    assert config.cc == CCConfig(**trained | {"gate": "hard"}, english_dropout=0.25)
+    assert build_model(config, Group.alone())[0].cc_config == config.cc
+
+
+@pytest.mark.parametrize("stored", [{"temperature": 0.9, "top_p": 0.6}, {"do_sample": False, "temperature": 0.9}])
+def test_a_generation_config_that_could_not_be_saved_again_is_mended_before_training(stored, tmp_path):
+    model = tiny_models.cc_model()
+    model.generation_config = GenerationConfig(**stored)
+    data = RunData(MagicMock(pad_token_id=0), MagicMock(stop_token_ids=(2, 3)), None, None)
+    complete_generation_config(model, data)
+    model.save_pretrained(tmp_path)
+    written = GenerationConfig.from_pretrained(tmp_path)
+    assert written.do_sample and written.temperature == 0.9 and written.eos_token_id == [2, 3]
 
 
 @pytest.mark.parametrize("step", [build_data, build_model])

@@ -20,7 +20,16 @@ from cc_ds.run_state import RunState, StaleRunError
 ALONE = Group.alone()
 
 
-TRAINED = {"method": "cc", "lora_rank": 0, "transform_share": "0", "connection_learning_rate": "none"}
+TRAINED = {
+    "method": "cc",
+    "lora_rank": 0,
+    "fuse_layer": 0,
+    "fuse_norm": "none",
+    "gate": "hard",
+    "temperature": 1.0,
+    "transform_share": "0",
+    "connection_learning_rate": "none",
+}
 
 
 def written_by(folder: Path, ranks: int, rows: int = 16, stage: int = 3) -> Path:
@@ -67,6 +76,9 @@ def test_rows_that_can_not_be_made_up_are_an_error(tmp_path):
     [
         (["--method", "sft"], "written with method cc, this run has sft"),
         (["--lora_rank", "4"], "written with lora_rank 0, this run has 4"),
+        (["--fuse_layer", "2"], "written with fuse_layer 0, this run has 2"),
+        (["--fuse_norm", "match"], "written with fuse_norm none, this run has match"),
+        (["--gate", "soft"], "written with gate hard, this run has soft"),
         (["--transform_share", "0.5"], "written with transform_share 0, this run has above 0"),
         (["--connection_learning_rate", "1"], "written with connection_learning_rate none, this run has given"),
     ],
@@ -77,6 +89,21 @@ def test_other_weights_to_train_are_named_before_anything_is_loaded(change, said
     words = ["--model_name_or_path", "m", "--train_file", "f", "--output_dir", "o", *change]
     with pytest.raises(ValueError, match=f"checkpoint-000012 was {said}"):
         check_trained(load_config(words), path)
+
+
+def test_adapters_of_another_scale_or_place_are_named(tmp_path):
+    path = written_by(tmp_path, ranks=4)
+    words = ["--model_name_or_path", "m", "--train_file", "f", "--output_dir", "o", "--lora_rank", "4"]
+    state = json.loads((path / "trainer_state.json").read_text())
+    adapters = {"lora_rank": 4, "lora_alpha": 16.0, "lora_target_modules": ["all-linear"]}
+    (path / "trainer_state.json").write_text(json.dumps(state | {"trained": state["trained"] | adapters}))
+    check_trained(load_config(words), path)
+    with pytest.raises(ValueError, match=r"written with lora_alpha 16\.0, this run has 32\.0"):
+        check_trained(load_config([*words, "--lora_alpha", "32"]), path)
+    with pytest.raises(
+        ValueError, match=r"written with lora_target_modules \['all-linear'\], this run has \['q_proj'\]"
+    ):
+        check_trained(load_config([*words, "--lora_target_modules", "q_proj"]), path)
 
 
 class Engine:

@@ -95,6 +95,27 @@ def test_the_others_come_after(other):
     assert other() == ["went on"]
 
 
+def test_the_first_of_each_node_works_before_the_rest_and_nobody_leaves_early(monkeypatch):
+    store, entered, left = HashStore(), [], []
+    monkeypatch.setattr(patience, "_get_default_store", lambda: store)
+    monkeypatch.setattr(patience, "_calls", itertools.repeat(0))
+    monkeypatch.setattr(patience, "_LOOK_EVERY", 0.01)
+
+    def run(rank: int) -> None:
+        with main_first(Group(rank, 4, torch.device("cpu"), local_rank=rank % 2), "tokenising"):
+            entered.append(rank)
+            time.sleep(0.2 if rank in (0, 2) else 0.1)
+            assert not left
+        left.append(rank)
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in (3, 1, 2, 0)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert entered[0] == 0 and entered.index(3) > entered.index(2) and sorted(entered) == sorted(left) == [0, 1, 2, 3]
+
+
 @pytest.mark.parametrize(
     ("error", "kind", "text"),
     [
@@ -116,7 +137,7 @@ def test_who_waits_says_so(other, monkeypatch, caplog):
     with caplog.at_level(logging.INFO), main_first(MAIN, "tokenising"):
         time.sleep(0.3)
     other()
-    assert "waiting for rank 0, which is tokenising" in caplog.text
+    assert "waiting for rank 0, tokenising" in caplog.text
 
 
 @pytest.mark.parametrize("what", ["trained", "fitted"])
