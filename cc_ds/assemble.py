@@ -23,6 +23,7 @@ from cc_ds.dist.patience import main_first
 from cc_ds.dist.signals import Requests
 from cc_ds.dist.zero import full_state_dict
 from cc_ds.infer.prompts import pad_token_id
+from cc_ds.models.arch import text_config
 from cc_ds.models.attention import PACKED
 from cc_ds.models.lora import add_lora
 from cc_ds.run_state import RunState
@@ -137,7 +138,7 @@ def build_model(config: Config, group: Group) -> tuple[CCModelForCausalLM, dict[
 
 def _load_config(config: Config) -> PretrainedConfig:
     name, trusted = config.model.model_name_or_path, config.model.trust_remote_code
-    return export.load_part(AutoConfig, name, "model_name_or_path", trust_remote_code=trusted)
+    return text_config(export.load_part(AutoConfig, name, "model_name_or_path", trust_remote_code=trusted))
 
 
 def build_trainer(

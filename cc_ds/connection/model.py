@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ from cc_ds.connection.loss import labelled_loss
 from cc_ds.connection.transform import TrainedTransform, Transform
 from cc_ds.data.packing import Packed, PackedBatch
 from cc_ds.infer.generate import ENGLISH, connected_rows, fill_cache, generate_connected
-from cc_ds.models.arch import decoder_of, family_of
+from cc_ds.models.arch import NOT_TEXT_KEYS, TEXT_KEYS, decoder_of, family_of, text_config
 from cc_ds.models.lora import merged
 
 # The Decision Maker's name in the authors' checkpoints.
@@ -60,6 +60,7 @@ class CCModelForCausalLM:
     """What the connection adds to a stock causal LM. Make one with `from_pretrained` or `from_config`."""
 
     _keys_to_ignore_on_load_missing: ClassVar[list[str]] = [r"decision_maker\.", r"trained_transform\."]
+    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = NOT_TEXT_KEYS
 
     def __init__(self, config: PretrainedConfig, cc_config: CCConfig | None = None) -> None:
         super().__init__(config)
@@ -89,6 +90,8 @@ class CCModelForCausalLM:
     ) -> CCModelForCausalLM:
         """Load a stock checkpoint, a folder that `save_pretrained` wrote, or a folder of the authors' code.
 
+        Of a multimodal checkpoint (Gemma 3 from 4B on, Mistral 3) the text model is loaded, and nothing else.
+
         Args:
             path_or_id: a folder, or a name on the Hugging Face hub.
             cc_config: the connection's settings; None: those stored with the model, else the defaults.
@@ -109,13 +112,16 @@ class CCModelForCausalLM:
         config = kwargs.pop("config", None) or AutoConfig.from_pretrained(
             path_or_id, trust_remote_code=kwargs.get("trust_remote_code", False), **hub
         )
+        config = text_config(config)
         stored = export.read_connection(path_or_id, **hub)
         if torch_dtype is not None:
             kwargs["dtype"] = torch_dtype
-        kwargs["key_mapping"] = {**_AUTHORS_KEYS, **kwargs.get("key_mapping", {})}
+        kwargs["key_mapping"] = {**_AUTHORS_KEYS, **TEXT_KEYS, **kwargs.get("key_mapping", {})}
         model = super(CCModelForCausalLM, concrete_class(config)).from_pretrained(
             path_or_id, config=config, cc_config=cc_config or stored.cc_config, **(kwargs | hub)
         )
+        # What renamed keys when it was read would rename them back when the model is saved.
+        model._weight_conversions = [entry for entry in model._weight_conversions if not _renames_text(entry)]
         export.apply_connection(model, stored)
         return model
 
@@ -406,6 +412,10 @@ def concrete_class(config: PretrainedConfig) -> type:
     """The stock class of a config with the connection in front."""
     family_of(config.model_type)
     return _subclass(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
+
+
+def _renames_text(conversion: Any) -> bool:
+    return not TEXT_KEYS.keys().isdisjoint(conversion.source_patterns)
 
 
 def default_anchors(input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None) -> Tensor:

@@ -10,9 +10,11 @@ A test in tests/unit/models/test_arch.py then builds a small model of the family
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 from torch import nn
+from transformers import PretrainedConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +39,26 @@ FAMILIES: dict[str, Family] = {
     "phi3": Family(ffn="resid_mlp_dropout"),
     "gpt_neox": Family(decoder="gpt_neox", ffn="post_mlp_dropout"),
 }
+
+
+TEXT_KEYS = {
+    r"^(model\.)?language_model\.lm_head\.": "lm_head.",
+    r"^(model\.)?language_model\.(model\.)?": "model.",
+}
+"""Where a multimodal checkpoint has the weights of its text model -> where that alone has them."""
+NOT_TEXT_KEYS = [r"vision_tower\.", r"vision_model\.", r"multi_modal_projector\."]
+"""What else it has; left behind."""
+
+
+def text_config(config: PretrainedConfig) -> PretrainedConfig:
+    """The text model's config where `config` is a multimodal model's (Gemma 3 from 4B on, Mistral 3); else itself."""
+    text = config.get_text_config(decoder=True)
+    if text is config or text.model_type not in FAMILIES:
+        return config
+    text = copy.deepcopy(text)
+    text.tie_word_embeddings = config.tie_word_embeddings  # the outer one counts
+    text.dtype = text.dtype or config.dtype
+    return text
 
 
 def family_of(model_type: str) -> Family:

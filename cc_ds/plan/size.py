@@ -13,7 +13,7 @@ from transformers import AutoConfig, PretrainedConfig
 from cc_ds.config import CCConfig
 from cc_ds.connection.model import CCModelForCausalLM
 from cc_ds.dist.zero import whole_numel
-from cc_ds.models.arch import decoder_of, family_of, layers_of
+from cc_ds.models.arch import decoder_of, family_of, layers_of, text_config
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +115,7 @@ def read_config(path_or_id: str) -> PretrainedConfig:
         raise ValueError(
             f"{path_or_id}: no config.json there ({str(error).splitlines()[0]}); give --model a folder that holds one"
         ) from error
+    config = text_config(config)
     family_of(config.model_type)
     return config
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from reference.two_pass import connected_logits, ffn_outputs
-from tiny_models import CONFIGS, batch, cc_model, stock_twin
-from transformers import GPT2Config
+from tiny_models import CONFIGS, VOCAB, batch, cc_model, stock_twin
+from transformers import AutoConfig, AutoModelForImageTextToText, GPT2Config
 
 from cc_ds import CCModelForCausalLM
 from cc_ds.models.arch import FAMILIES, layers_of
@@ -54,6 +54,30 @@ def test_checkpointing_changes_no_gradient(family):
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, atol=1e-12, rtol=1e-9)
+
+
+SMALL_TEXT = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "head_dim": 16,
+              "num_attention_heads": 2, "num_key_value_heads": 1}  # fmt: skip
+SMALL_VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1,
+                "image_size": 28, "patch_size": 14}  # fmt: skip
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", ["gemma3", "mistral3"])
+def test_the_text_model_of_a_multimodal_checkpoint_is_loaded(family, tied, tmp_path):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, text_config=SMALL_TEXT, vision_config=SMALL_VISION, tie_word_embeddings=tied)
+    whole = AutoModelForImageTextToText.from_config(config).eval()
+    whole.save_pretrained(tmp_path)
+    model = CCModelForCausalLM.from_pretrained(tmp_path)
+    data = batch()
+    ids, mask = data["input_ids"], data["attention_mask"]
+    torch.testing.assert_close(model(ids, mask).logits, whole(input_ids=ids, attention_mask=mask).logits)
+    assert not any("vision" in name for name, _ in model.named_parameters())
+    model.save_pretrained(tmp_path / "tuned")
+    again = CCModelForCausalLM.from_pretrained(tmp_path / "tuned")
+    assert again.config.model_type == model.config.model_type in FAMILIES
+    assert torch.equal(again(ids, mask).logits, model(ids, mask).logits)
 
 
 def test_an_unknown_family_is_told_what_to_add():
