@@ -136,7 +136,7 @@ def read_rows(
     paths: str | Path | Sequence[str | Path],
     column_map: Mapping[str, str] | None = None,
     on_bad_row: str = "skip",
-    split: str = "train",
+    split: str | Sequence[str] = "train",
     require_response: bool = True,
 ) -> tuple[list[Row], Summary]:
     """All good rows of all sources, in order, and the summary.
@@ -156,7 +156,7 @@ def read_rows(
     return rows, summary
 
 
-def open_sources(paths: str | Path | Sequence[str | Path], split: str = "train") -> list[Source]:
+def open_sources(paths: str | Path | Sequence[str | Path], split: str | Sequence[str] = "train") -> list[Source]:
     """The sources behind one or several paths or data set names. ValueError: none is named, or one can't be opened."""
     paths = [paths] if isinstance(paths, str | Path) else list(paths)
     if not paths:
