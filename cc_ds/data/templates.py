@@ -85,7 +85,7 @@ class Template:
     chat_template: str
     """The Jinja source. Written into an exported tokenizer, it renders as in training."""
     bos_id: int | None
-    """The token that every prompt opens with, or None for tokenizers that use none."""
+    """The token that every prompt opens with, put there by the tokenizer or the template; None if neither does."""
     generation_prompt: str
     """What the template puts between the user's last words and the response."""
     response_prefix: str
@@ -97,7 +97,7 @@ class Template:
     """Tokens that end generation: the end of turn and eos."""
 
     def render_prompt(self, messages: list[dict[str, str]]) -> RenderedPrompt:
-        """Token ids of the prompt with its generation prompt; exactly one BOS where the tokenizer uses one.
+        """Token ids of the prompt with its generation prompt; exactly one BOS where there is a `bos_id`.
 
         Raises TemplateRejects where the template refuses the conversation.
         """
@@ -149,6 +149,11 @@ def load_template(tokenizer: PreTrainedTokenizerBase, name: str | None = None) -
         ) from error
     if SENTINEL_QUESTION not in prompt or SENTINEL_ANSWER not in whole:
         raise ValueError(f"{what} does not render the messages it is given. {REMEDY}.")
+    if bos_id is not None and not prompt.startswith(tokenizer.bos_token):
+        # Training adds BOS; servers tokenise what the exported template renders, and add none.
+        source = "{{ bos_token }}" + source
+    elif _opens_with_bos(tokenizer, prompt):
+        bos_id = tokenizer.bos_token_id
     before, _, after = whole.rpartition(SENTINEL_ANSWER)
     end_of_turn = _end_of_turn(tokenizer, after)
     if not end_of_turn:
@@ -201,6 +206,12 @@ def _bos_in_use(tokenizer: PreTrainedTokenizerBase) -> int | None:
         return None
     added = tokenizer("")["input_ids"][:1] == [bos]
     return bos if added or getattr(tokenizer, "add_bos_token", False) else None
+
+
+def _opens_with_bos(tokenizer: PreTrainedTokenizerBase, prompt: str) -> bool:
+    """Whether the template writes BOS. What comes again within one turn is the mark of a turn (SmolLM2), not BOS."""
+    bos = tokenizer.bos_token
+    return bool(bos) and prompt.startswith(bos) and prompt.count(bos) == 1
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, source: str, messages: list[dict[str, str]], **options: Any) -> str:

@@ -104,6 +104,15 @@ def test_truncation_over_many_lengths(tokenizer, name):
     assert {e for _, _, e in seen} == {True, False}
 
 
+def test_a_bos_that_only_the_template_writes_survives_truncation(make_bpe):
+    tokenizer = make_bpe(bos=False)
+    tokenizer.bos_token = "<|bos|>"
+    tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m['content'] + '<|im_end|>' }}{% endfor %}"
+    row = tokenise_row(Row(user("Kenya " * 50), "B", user("K " * 50), "sw", "f:1"), load_template(tokenizer), 20, 20)
+    assert row["prompt_cut"] and row["english_cut"]
+    assert row["input_ids"][0] == row["english_input_ids"][0] == tokenizer.bos_token_id
+
+
 def test_no_part_of_a_longer_end_of_turn_is_left(make_bpe):
     tokenizer = make_bpe()
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] + '\n----<|im_end|>' }}{% endfor %}"

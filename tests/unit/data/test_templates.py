@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from transformers import AutoTokenizer
 
 from cc_ds.data import TemplateRejects, load_template
 from cc_ds.data.templates import BUILT_IN
@@ -94,12 +95,31 @@ def test_own_template_and_bos_exactly_once(make_bpe):
         assert template.end_of_turn_ids == [tokenizer.convert_tokens_to_ids("<|im_end|>")]
 
 
-def test_bos_that_only_the_template_writes_is_kept(make_bpe):
+def test_an_exported_template_writes_the_bos_that_training_saw(make_bpe, tmp_path):
+    """Servers tokenise what the template renders and add nothing."""
+    tokenizer = make_bpe()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '<|im_end|>' }}{% endfor %}"
+    template = load_template(tokenizer)
+    tokenizer.chat_template = template.chat_template
+    tokenizer.save_pretrained(tmp_path)
+    exported = AutoTokenizer.from_pretrained(tmp_path)
+    again = load_template(exported)
+    assert again.chat_template == template.chat_template
+    ids = template.render_prompt(TALKS["one turn"]).ids
+    assert ids[0] == tokenizer.bos_token_id
+    assert again.render_prompt(TALKS["one turn"]).ids == ids
+    assert exported.apply_chat_template(TALKS["one turn"], return_dict=False) == ids
+
+
+def test_bos_that_only_the_template_writes(make_bpe):
+    """It counts as BOS, which truncation keeps (OLMo 2), unless it is also the mark of every turn (SmolLM2)."""
     tokenizer = make_bpe(bos=False)
     tokenizer.bos_token = "<|im_start|>"
     tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    ids = load_template(tokenizer).render_prompt(TALKS["one turn"]).ids
-    assert ids.count(tokenizer.bos_token_id) == 1
+    template = load_template(tokenizer)
+    assert template.bos_id == tokenizer.bos_token_id
+    assert template.render_prompt(TALKS["one turn"]).ids.count(tokenizer.bos_token_id) == 1
+    assert load_template(tokenizer, "chatml").bos_id is None
 
 
 def test_anchor_is_last_even_where_the_text_quotes_the_template(bpe):
