@@ -44,6 +44,8 @@ class Row:
     lang: str
     source: str
     """file:line for jsonl, file:row elsewhere; both count from 1."""
+    reasoning_content: str = ""
+    """The thoughts that led to the response, where the row has them apart; written by the template's rule."""
 
 
 @dataclass(frozen=True)
@@ -205,7 +207,8 @@ def to_row(record: Mapping[str, Any], form: Form | None, source: str, require_re
     if form is None:
         return BadRow(source, missing_columns(columns, require_response))
     try:
-        prompt, response, prompt_en = _PARSERS[form.required](record, require_response)
+        prompt, answer, prompt_en = _PARSERS[form.required](record, require_response)
+        response = answer["content"]
         lang = record.get("lang") or "und"
         if not isinstance(lang, str):
             raise _Bad(f"lang is of type {type(lang).__name__}, not a string")
@@ -221,7 +224,7 @@ def to_row(record: Mapping[str, Any], form: Form | None, source: str, require_re
             raise _Bad("the response is empty")
     except _Bad as bad:
         return BadRow(source, bad.reason, bad.detail)
-    return Row(prompt, response, prompt_en, lang, source)
+    return Row(prompt, response, prompt_en, lang, source, answer.get("reasoning_content", ""))
 
 
 class _Bad(Exception):
@@ -230,10 +233,15 @@ class _Bad(Exception):
         self.reason, self.detail = reason, detail
 
 
-def _parse_instruction(record: Mapping[str, Any], _: bool) -> tuple[Messages, Any, Messages | None]:
+# The prompt, the answer as {content} or {content, reasoning_content}, the English prompt.
+Parsed = tuple[Messages, dict[str, Any], Messages | None]
+
+
+def _parse_instruction(record: Mapping[str, Any], _: bool) -> Parsed:
     prompt = _join(record, "instruction", "input")
     english = _join(record, "instruction_en", "input_en") if _text(record, "instruction_en") else ""
-    return _prompt(prompt, "prompt"), record.get("output"), _prompt(english, "English prompt") if english else None
+    prompt_en = _prompt(english, "English prompt") if english else None
+    return _prompt(prompt, "prompt"), {"content": record.get("output")}, prompt_en
 
 
 def _lacks_english_input(record: Mapping[str, Any]) -> bool:
@@ -241,23 +249,26 @@ def _lacks_english_input(record: Mapping[str, Any]) -> bool:
     return filled == [True, True, False]
 
 
-def _parse_messages(record: Mapping[str, Any], require_response: bool) -> tuple[Messages, Any, Messages | None]:
+def _parse_messages(record: Mapping[str, Any], require_response: bool) -> Parsed:
     turns = _messages(record.get("messages"), "prompt")
     answers = [index for index, turn in enumerate(turns) if turn["role"] == "assistant"]
     if not require_response and turns and turns[-1]["role"] != "assistant":
-        return _prompt(turns, "prompt"), None, _english(record.get("messages_en"))
+        return _prompt(turns, "prompt"), {"content": None}, _english(record.get("messages_en"))
     if not answers:
         raise _Bad("messages has no assistant turn, so there is no response")
     if answers[-1] != len(turns) - 1:
         raise _Bad("messages goes on after its last assistant turn", f"{len(turns) - 1 - answers[-1]} turns more")
-    return _prompt(turns[:-1], "prompt"), turns[-1]["content"], _english(record.get("messages_en"))
+    return _prompt(turns[:-1], "prompt"), turns[-1], _english(record.get("messages_en"))
 
 
-def _parse_completion(record: Mapping[str, Any], _: bool) -> tuple[Messages, Any, Messages | None]:
-    response = record.get("completion")
-    if isinstance(response, list) and len(response) == 1 and isinstance(response[0], dict):
-        response = response[0].get("content") if response[0].get("role") == "assistant" else response
-    return _prompt(record.get("prompt"), "prompt"), response, _english(record.get("prompt_en"))
+def _parse_completion(record: Mapping[str, Any], _: bool) -> Parsed:
+    answer = {"content": record.get("completion")}
+    if isinstance(answer["content"], list) and len(answer["content"]) == 1:
+        turn = answer["content"][0]
+        if isinstance(turn, dict) and turn.get("role") == "assistant":
+            has_text = isinstance(turn.get("content"), str)
+            answer = _turn(turn, "completion", 1) if has_text else {"content": turn.get("content")}
+    return _prompt(record.get("prompt"), "prompt"), answer, _english(record.get("prompt_en"))
 
 
 _PARSERS = dict(
@@ -309,19 +320,22 @@ def _messages(value: Any, what: str) -> Messages:
         raise _Bad(f"the {what} is empty")
     if not isinstance(value, list):
         raise _Bad(f"the {what} is of type {type(value).__name__}, not a string or a list of messages")
-    turns = []
-    for index, turn in enumerate(value, start=1):
-        if not isinstance(turn, dict) or "role" not in turn or "content" not in turn:
-            raise _Bad(f"a turn of the {what} is not {{role, content}}", f"turn {index}")
-        if turn["role"] not in ROLES:
-            raise _Bad(f"the {what} has an unknown role {turn['role']!r} (known: {', '.join(ROLES)})", f"turn {index}")
-        if not isinstance(turn["content"], str):
+    return [_turn(turn, what, index) for index, turn in enumerate(value, start=1)]
+
+
+def _turn(turn: Any, what: str, index: int) -> dict[str, str]:
+    """The turn's role, content and, where it has some, reasoning_content; checked."""
+    if not isinstance(turn, dict) or "role" not in turn or "content" not in turn:
+        raise _Bad(f"a turn of the {what} is not {{role, content}}", f"turn {index}")
+    if turn["role"] not in ROLES:
+        raise _Bad(f"the {what} has an unknown role {turn['role']!r} (known: {', '.join(ROLES)})", f"turn {index}")
+    thoughts = ("reasoning_content",) if turn.get("reasoning_content") else ()
+    for key in ("content", *thoughts):
+        if not isinstance(turn[key], str):
             raise _Bad(
-                f"a turn's content in the {what} is of type {type(turn['content']).__name__}, not a string",
-                f"turn {index}",
+                f"a turn's {key} in the {what} is of type {type(turn[key]).__name__}, not a string", f"turn {index}"
             )
-        turns.append({"role": turn["role"], "content": turn["content"]})
-    return turns
+    return {key: turn[key] for key in ("role", "content", *thoughts)}
 
 
 def _json_messages(text: str) -> list | None:

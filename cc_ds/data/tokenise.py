@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from transformers import PreTrainedTokenizerBase
 
-FORMAT_VERSION = 1  # raise it whenever the same input would give other rows
+FORMAT_VERSION = 2  # raise it whenever the same input would give other rows
 ROWS_PER_BATCH = 1000
 STALE_AFTER_SECONDS = 24 * 3600
 SAY_EVERY_SECONDS = 30.0

@@ -163,6 +163,19 @@ def test_limits_that_leave_no_room(bpe):
             check_limits(template, *limits)
 
 
+def test_thoughts_apart_are_trained_or_refused(make_bpe):
+    tokenizer = make_bpe()
+    row = Row(user("A"), "Four.", None, "sw", "f:4", "2+2")
+    bad = tokenise_row(row, load_template(tokenizer, "chatml"), 512, 512)
+    assert isinstance(bad, BadRow) and "does not write the reasoning_content" in bad.reason
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['reasoning_content'] %}{{ '(' + m['reasoning_content'] + ')' }}{% endif %}"
+        "{{ m['content'] + '<|im_end|>' }}{% endfor %}"
+    )
+    labels = tokenise_row(row, load_template(tokenizer), 512, 512)["labels"]
+    assert tokenizer.decode([token for token in labels if token != -100]) == "(2+2)Four.<|im_end|>"
+
+
 def test_rows_that_the_template_refuses_or_that_hold_a_stop_token(make_bpe):
     tokenizer = make_bpe()
     tokenizer.chat_template = (

@@ -75,6 +75,19 @@ def test_completion_form(read):
     assert [row.response for row in rows] == ["B"] * 3
 
 
+def test_thoughts_apart(read):
+    thoughtful = {**assistant("D"), "reasoning_content": "because"}
+    rows, summary = read(
+        {"messages": [user("A"), {**assistant("B"), "reasoning_content": "so"}, user("C"), thoughtful]},
+        {"messages": [user("A"), {**assistant("D"), "reasoning_content": None}]},
+        {"prompt": "A", "completion": [thoughtful]},
+        {"messages": [user("A"), {**assistant("D"), "reasoning_content": ["because"]}]},
+    )
+    assert [(row.response, row.reasoning_content) for row in rows] == [("D", "because"), ("D", ""), ("D", "because")]
+    assert rows[0].prompt == [user("A"), {**assistant("B"), "reasoning_content": "so"}, user("C")]
+    assert summary.bad_rows == {"a turn's reasoning_content in the prompt is of type list, not a string": 1}
+
+
 def test_forms_may_be_mixed_and_the_one_with_english_wins(read):
     rows, _ = read(
         {"instruction": "A", "output": "B", "prompt": "P", "completion": "Q", "prompt_en": "p"},

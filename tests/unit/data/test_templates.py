@@ -163,6 +163,77 @@ def test_a_prefix_of_the_template_is_no_part_of_an_answer(make_bpe):
     assert template.decode_response(without) == "Nairobi <think>\n\n</think>"
 
 
+THINK = "{{ '<think>\n' + thoughts.strip('\n') + '\n</think>\n\n' + content.lstrip('\n') }}"
+SPLIT = (
+    "{% set content, thoughts = m['content'], m['reasoning_content'] or '' %}"
+    "{% if '</think>' in content %}{% set thoughts = content.split('</think>')[0].split('<think>')[-1] %}"
+    "{% set content = content.split('</think>')[-1] %}{% endif %}"
+)
+THINKING = {  # how a finished last turn is written, and the generation prompt
+    "qwen3": (SPLIT + THINK, ""),
+    "qwen3 thinking": (SPLIT + THINK, "<think>\n"),
+    "minimax": (SPLIT + "{% if thoughts %}" + THINK + "{% else %}{{ content }}{% endif %}", "<think>\n"),
+    "r1": (SPLIT + "{{ content }}", "<think>\n"),
+    "first r1": (SPLIT + "{{ content }}", ""),
+    "gemma4": (SPLIT + "{{ content }}", "<think>\n</think>\n"),  # no thoughts, said beforehand
+}
+THOUGHTFUL, PLAIN = "<think>\n2+2 is 4\n</think>\n\nFour.", "Four."
+ONE_BLOCK = {
+    "qwen3": (THOUGHTFUL, "<think>\n\n</think>\n\nFour.", THOUGHTFUL),
+    "qwen3 thinking": (THOUGHTFUL, "<think>\n\n</think>\n\nFour.", THOUGHTFUL),
+    "minimax": (THOUGHTFUL, None, THOUGHTFUL),
+    "r1": (THOUGHTFUL, None, None),
+    "first r1": (THOUGHTFUL, PLAIN, None),
+    "gemma4": (None, "<think>\n</think>\nFour.", None),
+}
+
+
+def thinking_template(make_bpe, name):
+    finished, begun = THINKING[name]
+    tokenizer = make_bpe()
+    tokenizer.add_tokens(["<think>", "</think>"])
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' and loop.last %}"
+        + finished
+        + "{% else %}{{ m['content'] }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+        + "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n"
+        + begun
+        + "' }}{% endif %}"
+    )
+    return load_template(tokenizer)
+
+
+@pytest.mark.parametrize("name", THINKING)
+def test_thoughts_are_one_block(make_bpe, name):
+    """In the response, none at all, or apart; after whatever the generation prompt has begun of them."""
+    template = thinking_template(make_bpe, name)
+    for messages in TALKS.values():
+        prompt = template.render_prompt(messages).ids
+        for (text, apart), whole in zip(
+            ((THOUGHTFUL, ""), (PLAIN, ""), (PLAIN, "2+2 is 4")), ONE_BLOCK[name], strict=True
+        ):
+            if whole is None:
+                with pytest.raises(TemplateRejects, match=r"'<think>.*does not begin|does not write the reasoning"):
+                    template.encode_response(text, apart, messages)
+            else:
+                ids = prompt + template.encode_response(text, apart, messages)
+                assert template.tokenizer.decode(ids).endswith("<|im_start|>assistant\n" + whole)
+
+
+def test_a_system_turn_that_a_finished_conversation_loses(make_bpe):
+    """Mistral writes the system turn into the user's last one, and only where that is the last of all."""
+    tokenizer = make_bpe()
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% set system = messages[0]['content'] if messages[0]['role'] == 'system' else '' %}"
+        "{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST]' }}{% if loop.last %}{{ system }}{% endif %}"
+        "{{ m['content'] + '[/INST]' }}{% elif m['role'] == 'assistant' %}{{ ' ' + m['content'] | trim + eos_token }}"
+        "{% endif %}{% endfor %}"
+    )
+    template = load_template(tokenizer)
+    for messages in TALKS.values():
+        assert tokenizer.decode(template.encode_response("Nairobi. ", prompt=messages)) == " Nairobi. "
+
+
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_responses_decode_to_themselves(tokenizer, name):
     """No space creeps in and nothing is lost, whatever the text begins with; a seam that could merge stays a seam."""
