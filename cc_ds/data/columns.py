@@ -27,10 +27,16 @@ class Form:
 
 
 FORMS = (
-    Form(("instruction", "output"), "instruction_en", ("input", "input_en")),
+    Form(
+        ("instruction", "output"),
+        "instruction_en",
+        ("input", "input_en", "system", "system_en", "history", "history_en"),
+    ),
     Form(("messages",), "messages_en"),
     Form(("prompt", "completion"), "prompt_en"),
 )
+# Columns of the field's data sets that some form, or all, would leave unread without a word.
+KNOWN_ELSEWHERE = ("system", "history", "tools", "images", "videos", "audios", "chosen", "rejected")
 COLUMNS = (*(name for form in FORMS for name in (*form.required, form.english, *form.optional)), "lang")
 
 
@@ -98,6 +104,13 @@ def english_note(source: Source, form: Form, column_map: Mapping[str, str]) -> s
         f"{source.name} has no column {form.english!r} but {near[0]!r}: "
         "if that is the English prompt, map it with column_map."
     )
+
+
+def unread_note(source: Source, form: Form, column_map: Mapping[str, str]) -> str | None:
+    """The source's columns whose meaning is known but which `form` does not read."""
+    unread = [name for name in KNOWN_ELSEWHERE if name in source.columns and name not in form.optional]
+    unread = [name for name in unread if name not in column_map.values()]
+    return f"{source.name}: not read: the column{'s' * (len(unread) > 1)} {', '.join(unread)}." if unread else None
 
 
 def rename(record: Mapping[str, Any], column_map: Mapping[str, str]) -> dict[str, Any]:

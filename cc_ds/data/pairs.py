@@ -24,6 +24,7 @@ from cc_ds.data.columns import (
     find_form,
     missing_columns,
     rename,
+    unread_note,
 )
 from cc_ds.data.sources import Source, open_source
 
@@ -181,20 +182,23 @@ def iter_rows(
         summary.notes += [
             note
             for source, form in zip(sources, forms, strict=True)
-            if (note := english_note(source, form, column_map))
+            for note_of in (english_note, unread_note)
+            if (note := note_of(source, form, column_map))
         ]
-    without_input = 0
+    lacking: Counter[str] = Counter()
     for source, form in zip(sources, forms, strict=True):
         for number, record in source.records():
             record = rename(record, column_map)
             row = to_row(record, form, f"{source.name}:{number}", require_response)
-            without_input += isinstance(row, Row) and _lacks_english_input(record)
+            if isinstance(row, Row):
+                lacking.update(column for column in ("input", "history") if _lacks_english(record, column))
             yield row
-    if summary is not None and without_input:
-        summary.notes.append(
-            f"{without_input} rows have instruction_en and input, but no input_en: unless instruction_en says it all, "
+    if summary is not None:
+        summary.notes += [
+            f"{rows} rows have instruction_en and {column}, but no {column}_en: unless instruction_en says it all, "
             "their English prompt lacks the text that it speaks of."
-        )
+            for column, rows in lacking.items()
+        ]
 
 
 def to_row(record: Mapping[str, Any], form: Form | None, source: str, require_response: bool = True) -> Row | BadRow:
@@ -238,15 +242,50 @@ Parsed = tuple[Messages, dict[str, Any], Messages | None]
 
 
 def _parse_instruction(record: Mapping[str, Any], _: bool) -> Parsed:
-    prompt = _join(record, "instruction", "input")
-    english = _join(record, "instruction_en", "input_en") if _text(record, "instruction_en") else ""
-    prompt_en = _prompt(english, "English prompt") if english else None
-    return _prompt(prompt, "prompt"), {"content": record.get("output")}, prompt_en
+    """`system` and `history` come first. A row without `system_en` has its `system` before the English prompt too, as
+    one text mostly serves all languages; without `history_en` the English prompt has no earlier turns."""
+    prompt = _history(record, "history") + _prompt(_join(record, "instruction", "input"), "prompt")
+    prompt_en = None
+    if _text(record, "instruction_en"):
+        prompt_en = _prompt(_join(record, "instruction_en", "input_en"), "English prompt")
+        prompt_en = _with_system(_history(record, "history_en") + prompt_en, record, "system_en", "system")
+    return _with_system(prompt, record, "system"), {"content": record.get("output")}, prompt_en
 
 
-def _lacks_english_input(record: Mapping[str, Any]) -> bool:
-    filled = [bool(str(record.get(name) or "").strip()) for name in ("instruction_en", "input", "input_en")]
+def _lacks_english(record: Mapping[str, Any], column: str) -> bool:
+    filled = [bool(str(record.get(name) or "").strip()) for name in ("instruction_en", column, f"{column}_en")]
     return filled == [True, True, False]
+
+
+def _history(record: Mapping[str, Any], column: str) -> Messages:
+    """LLaMA-Factory's [[question, answer], ...] as turns."""
+    value = _decoded(record.get(column))
+    if value is None or value == [] or (isinstance(value, str) and not value.strip()):
+        return []
+    turns = []
+    for pair in value if isinstance(value, list) else [value]:
+        if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
+            raise _Bad(f"{column} is not a list of [question, answer]")
+        turns += [{"role": role, "content": text} for role, text in zip(("user", "assistant"), pair, strict=True)]
+    return turns
+
+
+def _with_system(turns: Messages, record: Mapping[str, Any], *columns: str) -> Messages:
+    """The turns after the first system text in `columns`, unless they bring their own."""
+    text = next((text for column in columns if (text := _text(record, column))), "")
+    if not text or turns[0]["role"] == "system":
+        return turns
+    return [{"role": "system", "content": text}, *turns]
+
+
+def _decoded(value: Any) -> Any:
+    """A list as CSV files carry it: as JSON; anything else as it is."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            return json.loads(value)
+        except json.JSONDecodeError:
+            return value
+    return value
 
 
 def _parse_messages(record: Mapping[str, Any], require_response: bool) -> Parsed:
@@ -339,11 +378,6 @@ def _turn(turn: Any, what: str, index: int) -> dict[str, str]:
 
 
 def _json_messages(text: str) -> list | None:
-    if not text.lstrip().startswith("[{"):
-        return None
-    try:
-        decoded = json.loads(text)
-    except json.JSONDecodeError:
-        return None
-    is_messages = all(isinstance(turn, dict) and "role" in turn for turn in decoded)
+    decoded = _decoded(text) if text.lstrip().startswith("[{") else None
+    is_messages = isinstance(decoded, list) and all(isinstance(turn, dict) and "role" in turn for turn in decoded)
     return decoded if is_messages else None

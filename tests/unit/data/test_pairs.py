@@ -49,6 +49,38 @@ def test_instruction_form(read):
         rows[0].lang = "de"
 
 
+def test_system_and_history_of_an_instruction(read):
+    """LLaMA-Factory's columns. One system text serves both prompts unless there is an English one."""
+    record = {"instruction": "C", "output": "D", "instruction_en": "c", "system": "Be kind."}
+    history, english = [["A", "B"]], [["a", "b"], ["a2", "b2"]]
+    rows, summary = read(
+        {**record, "history": history, "history_en": english},
+        {**record, "history": json.dumps(history), "history_en": [], "system_en": "Be brief."},
+        {**record, "history": " ", "system": "", "instruction_en": None},
+        {**record, "history": [["A"]]},
+        {**record, "history": 3},
+        {**record, "system": 3},
+    )
+    turns = [user("A"), assistant("B"), user("C")]
+    assert [row.prompt for row in rows] == [[SYSTEM, *turns], [SYSTEM, *turns], [user("C")]]
+    assert rows[0].prompt_en == [SYSTEM, user("a"), assistant("b"), user("a2"), assistant("b2"), user("c")]
+    assert [row.prompt_en for row in rows[1:]] == [[{"role": "system", "content": "Be brief."}, user("c")], None]
+    assert summary.bad_rows == {
+        "history is not a list of [question, answer]": 2, "system is of type int, not a string": 1
+    }  # fmt: skip
+    (note,) = summary.notes
+    assert note.startswith("1 rows have instruction_en and history, but no history_en")
+
+
+def test_known_columns_that_are_not_read_are_noted(read):
+    _, summary = read({"instruction": "A", "output": "B", "system": "S", "tools": "[]", "images": [], "id": 3})
+    assert [note.partition("rows.jsonl: ")[2] for note in summary.notes] == ["not read: the columns tools, images."]
+    _, summary = read({"prompt": "A", "completion": "B", "system": "S"})
+    assert "not read: the column system." in str(summary)
+    _, summary = read({"chosen": "B", "prompt": "A"}, column_map={"completion": "chosen"})
+    assert summary.notes == []
+
+
 def test_messages_form(read):
     talk = [SYSTEM, user("A"), assistant("B"), user("C"), assistant("D")]
     rows, _ = read(
