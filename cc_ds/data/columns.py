@@ -1,4 +1,4 @@
-"""Which columns hold what: the three forms of a row, a user's column map, and errors that name the nearest spelling.
+"""Which columns hold what: the four forms of a row, a user's column map, and errors that name the nearest spelling.
 
 `find_form` looks once at a source's columns, before any row is read; `rename` then brings each record to our names.
 """
@@ -34,10 +34,13 @@ FORMS = (
     ),
     Form(("messages",), "messages_en"),
     Form(("prompt", "completion"), "prompt_en"),
+    Form(("conversations",), "conversations_en", ("system", "system_en")),
 )
 # Columns of the field's data sets that some form, or all, would leave unread without a word.
 KNOWN_ELSEWHERE = ("system", "history", "tools", "images", "videos", "audios", "chosen", "rejected")
-COLUMNS = (*(name for form in FORMS for name in (*form.required, form.english, *form.optional)), "lang")
+COLUMNS = tuple(
+    dict.fromkeys([*(name for form in FORMS for name in (*form.required, form.english, *form.optional)), "lang"])
+)
 
 
 def find_form(source: Source, column_map: Mapping[str, str], require_response: bool = True) -> Form:

@@ -1,6 +1,6 @@
 """From records to rows: find the columns, check them, and bring every form to one.
 
-A record arrives in one of three forms (see columns.py) and leaves as a `Row`: the target prompt as chat messages, the
+A record arrives in one of four forms (see columns.py) and leaves as a `Row`: the target prompt as chat messages, the
 response, and the English prompt as chat messages or None (a plain SFT row). A record that cannot be trained on leaves
 as a `BadRow`, which `Summary` counts; whether bad rows are skipped or end the run is the caller's choice
 (`Summary.check`).
@@ -29,6 +29,7 @@ from cc_ds.data.columns import (
 from cc_ds.data.sources import Source, open_source
 
 ROLES = ("system", "user", "assistant")
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 NAMED_BAD_ROWS = 20
 
 Messages = list[dict[str, str]]
@@ -310,8 +311,31 @@ def _parse_completion(record: Mapping[str, Any], _: bool) -> Parsed:
     return _prompt(record.get("prompt"), "prompt"), answer, _english(record.get("prompt_en"))
 
 
+def _parse_conversations(record: Mapping[str, Any], require_response: bool) -> Parsed:
+    """ShareGPT's turns, and LLaMA-Factory's `system` column beside them (see `_parse_instruction`)."""
+    columns = {"messages": "conversations", "messages_en": "conversations_en"}
+    messages = {ours: _from_sharegpt(record.get(theirs)) for ours, theirs in columns.items()}
+    prompt, answer, prompt_en = _parse_messages(messages, require_response)
+    prompt_en = prompt_en and _with_system(prompt_en, record, "system_en", "system")
+    return _with_system(prompt, record, "system"), answer, prompt_en
+
+
+def _from_sharegpt(value: Any) -> Any:
+    """{from, value} as {role, content}; what is neither is left for `_messages` to name."""
+    value = _decoded(value)
+    if not isinstance(value, list) or not all(isinstance(turn, dict) and "from" in turn for turn in value):
+        return value
+    return [
+        {"role": SHAREGPT_ROLES.get(str(turn["from"]), turn["from"]), "content": turn.get("value")} for turn in value
+    ]
+
+
 _PARSERS = dict(
-    zip((form.required for form in FORMS), (_parse_instruction, _parse_messages, _parse_completion), strict=True)
+    zip(
+        (form.required for form in FORMS),
+        (_parse_instruction, _parse_messages, _parse_completion, _parse_conversations),
+        strict=True,
+    )
 )
 
 

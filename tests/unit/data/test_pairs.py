@@ -1,4 +1,4 @@
-"""Three forms become one; columns are found, mapped or missed with a hint; bad rows are counted and named."""
+"""Four forms become one; columns are found, mapped or missed with a hint; bad rows are counted and named."""
 
 from __future__ import annotations
 
@@ -105,6 +105,29 @@ def test_completion_form(read):
     assert [row.prompt for row in rows] == [[user("A")], [SYSTEM, user("A")], [user("A")]]
     assert [row.prompt_en for row in rows] == [[user("a")], [user("a")], None]
     assert [row.response for row in rows] == ["B"] * 3
+
+
+def test_sharegpt_form(read):
+    def turns(*texts):
+        return [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
+
+    whole = {"conversations": turns("A", "B", "C", "D"), "conversations_en": turns("a", "b", "c"), "lang": "sw"}
+    rows, summary = read(
+        {**whole, "system": "Be kind."},
+        {"conversations": [{"from": "system", "value": "Be kind."}, *turns("A", "D")], "system": "Be brief."},
+        {"conversations": json.dumps(turns("A", "D")), "conversations_en": None},
+        {"conversations": [user("A"), assistant("D")]},
+        {"conversations": [*turns("A"), {"from": "observation", "value": "B"}, *turns("A", "D")]},
+        {"conversations": [{"from": "human"}, *turns("A", "D")]},
+    )
+    talk = [user("A"), assistant("B"), user("C")]
+    assert [row.prompt for row in rows] == [[SYSTEM, *talk], [SYSTEM, user("A")], [user("A")], [user("A")]]
+    assert [row.prompt_en for row in rows] == [[SYSTEM, user("a"), assistant("b"), user("c")], None, None, None]
+    assert {row.response for row in rows} == {"D"}
+    assert summary.bad_rows == {
+        "the prompt has an unknown role 'observation' (known: system, user, assistant)": 1,
+        "a turn's content in the prompt is of type NoneType, not a string": 1,
+    }
 
 
 def test_thoughts_apart(read):
