@@ -67,7 +67,7 @@ def build_data(config: Config, group: Group) -> RunData:
     )
     template = load_template(tokenizer, model.chat_template)
 
-    def read(files: tuple[str, ...]) -> Dataset:
+    def read(files: tuple[str, ...], split: str | tuple[str, ...]) -> Dataset:
         rows, summary = load_tokenised(
             files,
             tokenizer,
@@ -77,6 +77,7 @@ def build_data(config: Config, group: Group) -> RunData:
             on_long=data.on_long,
             on_bad_row=data.on_bad_row,
             column_map=data.column_map,
+            split=split,
             cache_dir=data.data_cache_dir,
         )
         if group.is_main:
@@ -84,8 +85,9 @@ def build_data(config: Config, group: Group) -> RunData:
         return rows
 
     with main_first(group, "tokenising"):
-        train = read(data.train_file)
-        validation = read(data.validation_file) if data.validation_file else None
+        train = read(data.train_file, "train")
+        # Never the train split: its loss would say nothing new.
+        validation = read(data.validation_file, ("validation", "test")) if data.validation_file else None
     return RunData(tokenizer, template, train, validation)
 
 

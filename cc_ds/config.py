@@ -93,9 +93,10 @@ class DataConfig:
     """What it is trained on."""
 
     train_file: tuple[str, ...]
-    """Files (json, jsonl, csv, parquet, arrow), or names of data sets."""
+    """Files (json, jsonl, csv, parquet, arrow), save_to_disk folders, or names of data sets (name, name:config,
+    name:config:split, name::split). Of a data set with splits, train."""
     validation_file: tuple[str, ...] = ()
-    """The same, for the evaluation loss."""
+    """The same, for the evaluation loss. Of a data set with splits, validation, else test."""
     column_map: dict[str, str] = field(default_factory=dict)
     """Our column name -> the file's."""
     max_length: int = 1024

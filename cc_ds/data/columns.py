@@ -1,4 +1,4 @@
-"""Which columns hold what: the three forms of a row, a user's column map, and errors that name the nearest spelling.
+"""Which columns hold what: the four forms of a row, a user's column map, and errors that name the nearest spelling.
 
 `find_form` looks once at a source's columns, before any row is read; `rename` then brings each record to our names.
 """
@@ -27,11 +27,20 @@ class Form:
 
 
 FORMS = (
-    Form(("instruction", "output"), "instruction_en", ("input", "input_en")),
+    Form(
+        ("instruction", "output"),
+        "instruction_en",
+        ("input", "input_en", "system", "system_en", "history", "history_en"),
+    ),
     Form(("messages",), "messages_en"),
     Form(("prompt", "completion"), "prompt_en"),
+    Form(("conversations",), "conversations_en", ("system", "system_en")),
 )
-COLUMNS = (*(name for form in FORMS for name in (*form.required, form.english, *form.optional)), "lang")
+# Columns of the field's data sets that some form, or all, would leave unread without a word.
+KNOWN_ELSEWHERE = ("system", "history", "tools", "images", "videos", "audios", "chosen", "rejected")
+COLUMNS = tuple(
+    dict.fromkeys([*(name for form in FORMS for name in (*form.required, form.english, *form.optional)), "lang"])
+)
 
 
 def find_form(source: Source, column_map: Mapping[str, str], require_response: bool = True) -> Form:
@@ -98,6 +107,13 @@ def english_note(source: Source, form: Form, column_map: Mapping[str, str]) -> s
         f"{source.name} has no column {form.english!r} but {near[0]!r}: "
         "if that is the English prompt, map it with column_map."
     )
+
+
+def unread_note(source: Source, form: Form, column_map: Mapping[str, str]) -> str | None:
+    """The source's columns whose meaning is known but which `form` does not read."""
+    unread = [name for name in KNOWN_ELSEWHERE if name in source.columns and name not in form.optional]
+    unread = [name for name in unread if name not in column_map.values()]
+    return f"{source.name}: not read: the column{'s' * (len(unread) > 1)} {', '.join(unread)}." if unread else None
 
 
 def rename(record: Mapping[str, Any], column_map: Mapping[str, str]) -> dict[str, Any]:

@@ -59,9 +59,9 @@ def tokenise_row(
     try:
         prompt = template.render_prompt(row.prompt).ids
         english = [] if row.prompt_en is None else template.render_prompt(row.prompt_en).ids
+        text = template.encode_response(row.response, row.reasoning_content, row.prompt)
     except TemplateRejects as error:
         return BadRow(row.source, f"the chat template rejects the conversation: {error}")
-    text = template.encode_response(row.response)
     if not text:
         return BadRow(row.source, "the response has no tokens")
     if any(token in template.stop_token_ids for token in text):

@@ -1,6 +1,6 @@
 """From records to rows: find the columns, check them, and bring every form to one.
 
-A record arrives in one of three forms (see columns.py) and leaves as a `Row`: the target prompt as chat messages, the
+A record arrives in one of four forms (see columns.py) and leaves as a `Row`: the target prompt as chat messages, the
 response, and the English prompt as chat messages or None (a plain SFT row). A record that cannot be trained on leaves
 as a `BadRow`, which `Summary` counts; whether bad rows are skipped or end the run is the caller's choice
 (`Summary.check`).
@@ -24,10 +24,12 @@ from cc_ds.data.columns import (
     find_form,
     missing_columns,
     rename,
+    unread_note,
 )
 from cc_ds.data.sources import Source, open_source
 
 ROLES = ("system", "user", "assistant")
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 NAMED_BAD_ROWS = 20
 
 Messages = list[dict[str, str]]
@@ -44,6 +46,8 @@ class Row:
     lang: str
     source: str
     """file:line for jsonl, file:row elsewhere; both count from 1."""
+    reasoning_content: str = ""
+    """The thoughts that led to the response, where the row has them apart; written by the template's rule."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +140,7 @@ def read_rows(
     paths: str | Path | Sequence[str | Path],
     column_map: Mapping[str, str] | None = None,
     on_bad_row: str = "skip",
-    split: str = "train",
+    split: str | Sequence[str] = "train",
     require_response: bool = True,
 ) -> tuple[list[Row], Summary]:
     """All good rows of all sources, in order, and the summary.
@@ -156,7 +160,7 @@ def read_rows(
     return rows, summary
 
 
-def open_sources(paths: str | Path | Sequence[str | Path], split: str = "train") -> list[Source]:
+def open_sources(paths: str | Path | Sequence[str | Path], split: str | Sequence[str] = "train") -> list[Source]:
     """The sources behind one or several paths or data set names. ValueError: none is named, or one can't be opened."""
     paths = [paths] if isinstance(paths, str | Path) else list(paths)
     if not paths:
@@ -179,20 +183,23 @@ def iter_rows(
         summary.notes += [
             note
             for source, form in zip(sources, forms, strict=True)
-            if (note := english_note(source, form, column_map))
+            for note_of in (english_note, unread_note)
+            if (note := note_of(source, form, column_map))
         ]
-    without_input = 0
+    lacking: Counter[str] = Counter()
     for source, form in zip(sources, forms, strict=True):
         for number, record in source.records():
             record = rename(record, column_map)
             row = to_row(record, form, f"{source.name}:{number}", require_response)
-            without_input += isinstance(row, Row) and _lacks_english_input(record)
+            if isinstance(row, Row):
+                lacking.update(column for column in ("input", "history") if _lacks_english(record, column))
             yield row
-    if summary is not None and without_input:
-        summary.notes.append(
-            f"{without_input} rows have instruction_en and input, but no input_en: unless instruction_en says it all, "
+    if summary is not None:
+        summary.notes += [
+            f"{rows} rows have instruction_en and {column}, but no {column}_en: unless instruction_en says it all, "
             "their English prompt lacks the text that it speaks of."
-        )
+            for column, rows in lacking.items()
+        ]
 
 
 def to_row(record: Mapping[str, Any], form: Form | None, source: str, require_response: bool = True) -> Row | BadRow:
@@ -205,7 +212,8 @@ def to_row(record: Mapping[str, Any], form: Form | None, source: str, require_re
     if form is None:
         return BadRow(source, missing_columns(columns, require_response))
     try:
-        prompt, response, prompt_en = _PARSERS[form.required](record, require_response)
+        prompt, answer, prompt_en = _PARSERS[form.required](record, require_response)
+        response = answer["content"]
         lang = record.get("lang") or "und"
         if not isinstance(lang, str):
             raise _Bad(f"lang is of type {type(lang).__name__}, not a string")
@@ -221,7 +229,7 @@ def to_row(record: Mapping[str, Any], form: Form | None, source: str, require_re
             raise _Bad("the response is empty")
     except _Bad as bad:
         return BadRow(source, bad.reason, bad.detail)
-    return Row(prompt, response, prompt_en, lang, source)
+    return Row(prompt, response, prompt_en, lang, source, answer.get("reasoning_content", ""))
 
 
 class _Bad(Exception):
@@ -230,38 +238,104 @@ class _Bad(Exception):
         self.reason, self.detail = reason, detail
 
 
-def _parse_instruction(record: Mapping[str, Any], _: bool) -> tuple[Messages, Any, Messages | None]:
-    prompt = _join(record, "instruction", "input")
-    english = _join(record, "instruction_en", "input_en") if _text(record, "instruction_en") else ""
-    return _prompt(prompt, "prompt"), record.get("output"), _prompt(english, "English prompt") if english else None
+# The prompt, the answer as {content} or {content, reasoning_content}, the English prompt.
+Parsed = tuple[Messages, dict[str, Any], Messages | None]
 
 
-def _lacks_english_input(record: Mapping[str, Any]) -> bool:
-    filled = [bool(str(record.get(name) or "").strip()) for name in ("instruction_en", "input", "input_en")]
+def _parse_instruction(record: Mapping[str, Any], _: bool) -> Parsed:
+    """`system` and `history` come first. A row without `system_en` has its `system` before the English prompt too, as
+    one text mostly serves all languages; without `history_en` the English prompt has no earlier turns."""
+    prompt = _history(record, "history") + _prompt(_join(record, "instruction", "input"), "prompt")
+    prompt_en = None
+    if _text(record, "instruction_en"):
+        prompt_en = _prompt(_join(record, "instruction_en", "input_en"), "English prompt")
+        prompt_en = _with_system(_history(record, "history_en") + prompt_en, record, "system_en", "system")
+    return _with_system(prompt, record, "system"), {"content": record.get("output")}, prompt_en
+
+
+def _lacks_english(record: Mapping[str, Any], column: str) -> bool:
+    filled = [bool(str(record.get(name) or "").strip()) for name in ("instruction_en", column, f"{column}_en")]
     return filled == [True, True, False]
 
 
-def _parse_messages(record: Mapping[str, Any], require_response: bool) -> tuple[Messages, Any, Messages | None]:
+def _history(record: Mapping[str, Any], column: str) -> Messages:
+    """LLaMA-Factory's [[question, answer], ...] as turns."""
+    value = _decoded(record.get(column))
+    if value is None or value == [] or (isinstance(value, str) and not value.strip()):
+        return []
+    turns = []
+    for pair in value if isinstance(value, list) else [value]:
+        if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
+            raise _Bad(f"{column} is not a list of [question, answer]")
+        turns += [{"role": role, "content": text} for role, text in zip(("user", "assistant"), pair, strict=True)]
+    return turns
+
+
+def _with_system(turns: Messages, record: Mapping[str, Any], *columns: str) -> Messages:
+    """The turns after the first system text in `columns`, unless they bring their own."""
+    text = next((text for column in columns if (text := _text(record, column))), "")
+    if not text or turns[0]["role"] == "system":
+        return turns
+    return [{"role": "system", "content": text}, *turns]
+
+
+def _decoded(value: Any) -> Any:
+    """A list as CSV files carry it: as JSON; anything else as it is."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            return json.loads(value)
+        except json.JSONDecodeError:
+            return value
+    return value
+
+
+def _parse_messages(record: Mapping[str, Any], require_response: bool) -> Parsed:
     turns = _messages(record.get("messages"), "prompt")
     answers = [index for index, turn in enumerate(turns) if turn["role"] == "assistant"]
     if not require_response and turns and turns[-1]["role"] != "assistant":
-        return _prompt(turns, "prompt"), None, _english(record.get("messages_en"))
+        return _prompt(turns, "prompt"), {"content": None}, _english(record.get("messages_en"))
     if not answers:
         raise _Bad("messages has no assistant turn, so there is no response")
     if answers[-1] != len(turns) - 1:
         raise _Bad("messages goes on after its last assistant turn", f"{len(turns) - 1 - answers[-1]} turns more")
-    return _prompt(turns[:-1], "prompt"), turns[-1]["content"], _english(record.get("messages_en"))
+    return _prompt(turns[:-1], "prompt"), turns[-1], _english(record.get("messages_en"))
 
 
-def _parse_completion(record: Mapping[str, Any], _: bool) -> tuple[Messages, Any, Messages | None]:
-    response = record.get("completion")
-    if isinstance(response, list) and len(response) == 1 and isinstance(response[0], dict):
-        response = response[0].get("content") if response[0].get("role") == "assistant" else response
-    return _prompt(record.get("prompt"), "prompt"), response, _english(record.get("prompt_en"))
+def _parse_completion(record: Mapping[str, Any], _: bool) -> Parsed:
+    answer = {"content": record.get("completion")}
+    if isinstance(answer["content"], list) and len(answer["content"]) == 1:
+        turn = answer["content"][0]
+        if isinstance(turn, dict) and turn.get("role") == "assistant":
+            has_text = isinstance(turn.get("content"), str)
+            answer = _turn(turn, "completion", 1) if has_text else {"content": turn.get("content")}
+    return _prompt(record.get("prompt"), "prompt"), answer, _english(record.get("prompt_en"))
+
+
+def _parse_conversations(record: Mapping[str, Any], require_response: bool) -> Parsed:
+    """ShareGPT's turns, and LLaMA-Factory's `system` column beside them (see `_parse_instruction`)."""
+    columns = {"messages": "conversations", "messages_en": "conversations_en"}
+    messages = {ours: _from_sharegpt(record.get(theirs)) for ours, theirs in columns.items()}
+    prompt, answer, prompt_en = _parse_messages(messages, require_response)
+    prompt_en = prompt_en and _with_system(prompt_en, record, "system_en", "system")
+    return _with_system(prompt, record, "system"), answer, prompt_en
+
+
+def _from_sharegpt(value: Any) -> Any:
+    """{from, value} as {role, content}; what is neither is left for `_messages` to name."""
+    value = _decoded(value)
+    if not isinstance(value, list) or not all(isinstance(turn, dict) and "from" in turn for turn in value):
+        return value
+    return [
+        {"role": SHAREGPT_ROLES.get(str(turn["from"]), turn["from"]), "content": turn.get("value")} for turn in value
+    ]
 
 
 _PARSERS = dict(
-    zip((form.required for form in FORMS), (_parse_instruction, _parse_messages, _parse_completion), strict=True)
+    zip(
+        (form.required for form in FORMS),
+        (_parse_instruction, _parse_messages, _parse_completion, _parse_conversations),
+        strict=True,
+    )
 )
 
 
@@ -309,27 +383,25 @@ def _messages(value: Any, what: str) -> Messages:
         raise _Bad(f"the {what} is empty")
     if not isinstance(value, list):
         raise _Bad(f"the {what} is of type {type(value).__name__}, not a string or a list of messages")
-    turns = []
-    for index, turn in enumerate(value, start=1):
-        if not isinstance(turn, dict) or "role" not in turn or "content" not in turn:
-            raise _Bad(f"a turn of the {what} is not {{role, content}}", f"turn {index}")
-        if turn["role"] not in ROLES:
-            raise _Bad(f"the {what} has an unknown role {turn['role']!r} (known: {', '.join(ROLES)})", f"turn {index}")
-        if not isinstance(turn["content"], str):
+    return [_turn(turn, what, index) for index, turn in enumerate(value, start=1)]
+
+
+def _turn(turn: Any, what: str, index: int) -> dict[str, str]:
+    """The turn's role, content and, where it has some, reasoning_content; checked."""
+    if not isinstance(turn, dict) or "role" not in turn or "content" not in turn:
+        raise _Bad(f"a turn of the {what} is not {{role, content}}", f"turn {index}")
+    if turn["role"] not in ROLES:
+        raise _Bad(f"the {what} has an unknown role {turn['role']!r} (known: {', '.join(ROLES)})", f"turn {index}")
+    thoughts = ("reasoning_content",) if turn.get("reasoning_content") else ()
+    for key in ("content", *thoughts):
+        if not isinstance(turn[key], str):
             raise _Bad(
-                f"a turn's content in the {what} is of type {type(turn['content']).__name__}, not a string",
-                f"turn {index}",
+                f"a turn's {key} in the {what} is of type {type(turn[key]).__name__}, not a string", f"turn {index}"
             )
-        turns.append({"role": turn["role"], "content": turn["content"]})
-    return turns
+    return {key: turn[key] for key in ("role", "content", *thoughts)}
 
 
 def _json_messages(text: str) -> list | None:
-    if not text.lstrip().startswith("[{"):
-        return None
-    try:
-        decoded = json.loads(text)
-    except json.JSONDecodeError:
-        return None
-    is_messages = all(isinstance(turn, dict) and "role" in turn for turn in decoded)
+    decoded = _decoded(text) if text.lstrip().startswith("[{") else None
+    is_messages = isinstance(decoded, list) and all(isinstance(turn, dict) and "role" in turn for turn in decoded)
     return decoded if is_messages else None

@@ -1,9 +1,10 @@
 """Open what a user calls a data source and walk its records, each with a name a person can look up.
 
 A source is a file (.json, .jsonl, .csv, .parquet, .arrow), a folder that `save_to_disk` wrote, or the name of a
-Hugging Face data set. `open_source` looks at the first bytes before it believes a file's name, and returns a
-`Source`: its columns, its records (one pass, never the whole file in memory except for .json), and a digest of its
-content for caches. Every error is a ValueError that names the file, the line or row, and what to do.
+Hugging Face data set, as name, name:config, name:config:split or name::split. `open_source` looks at the first bytes
+before it believes a file's name, and returns a `Source`: its columns, its records (one pass, never the whole file in
+memory except for .json), and a digest of its content for caches. Every error is a ValueError that names the file, the
+line or row, and what to do.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import csv
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,18 +52,20 @@ class Source:
     """Hex digest of the content, for cache keys."""
 
 
-def open_source(path: str | Path, split: str = "train") -> Source:
-    """Open a file, a `save_to_disk` folder or a `datasets` name; `split` serves the last two.
+def open_source(path: str | Path, split: str | Sequence[str] = "train") -> Source:
+    """Open a file, a `save_to_disk` folder or a `datasets` name.
 
+    Of a data set with splits, `split` is read, or of several the first that it has; a name's own split goes before.
     Raises ValueError (naming the file and the remedy) for a missing, unreadable, empty or misnamed source.
     """
     name, file = str(path), Path(path).expanduser()
+    splits = [split] if isinstance(split, str) else list(split)
     if file.is_dir():
-        return _source_of_dataset(name, _load_folder(file, split), digest_of_folder(file))
+        return _source_of_dataset(name, _load_folder(file, splits), digest_of_folder(file))
     if not file.exists():
         if file.suffix in READERS or file.is_absolute() or name.startswith((".", "~")):
             raise ValueError(f"{name}: no such file or folder. Check the path (working directory: {Path.cwd()}).")
-        dataset = _load_by_name(name, split)
+        dataset = _load_by_name(name, splits)
         return _source_of_dataset(name, dataset, hashlib.sha256(str(dataset._fingerprint).encode()).hexdigest())
     kind = READERS.get(file.suffix.lower())
     if kind is None:
@@ -248,7 +251,7 @@ def _source_of_arrow(name: str, file: Path) -> Source:
     return Source(name, opened.column_names, records, digest_of_file(file))
 
 
-def _load_folder(folder: Path, split: str) -> Any:
+def _load_folder(folder: Path, splits: Sequence[str]) -> Any:
     import datasets
 
     if not any((folder / marker).exists() for marker in ("state.json", "dataset_dict.json")):
@@ -263,24 +266,33 @@ def _load_folder(folder: Path, split: str) -> Any:
             f"{folder}: not a readable save_to_disk folder ({_first_line(error)}). Save it anew."
         ) from error
     if isinstance(loaded, datasets.DatasetDict):
-        if split not in loaded:
+        split = next((split for split in splits if split in loaded), None)
+        if split is None:
             raise ValueError(
-                f"{folder}: has no split {split!r}; it has {sorted(loaded)}. Name one of these as the split."
+                f"{folder}: has no split {' or '.join(map(repr, splits))}; it has {sorted(loaded)}. "
+                f"Name the folder of one of these, such as {folder / min(loaded)}."
             )
         loaded = loaded[split]
     return loaded
 
 
-def _load_by_name(name: str, split: str) -> Any:
+def _load_by_name(name: str, splits: Sequence[str]) -> Any:
     import datasets
 
-    try:
-        return datasets.load_dataset(name, split=split)
-    except Exception as error:  # not found, no network, no such split ...: one message with the library's own reason
-        raise ValueError(
-            f"{name!r} is neither a file or folder here nor a data set that datasets.load_dataset(split={split!r}) can "
-            f"load ({type(error).__name__}: {_first_line(error)}). Check the spelling, the split and the network."
-        ) from error
+    path, config, own_split = [*name.split(":", 2), "", ""][:3]
+    splits = [own_split] if own_split else splits
+    for split in splits:
+        try:
+            return datasets.load_dataset(path, config or None, split=split)
+        except Exception as error:  # not found, no network ...: one message with the library's own reason
+            if "Unknown split" in str(error) and split != splits[-1]:
+                continue
+            raise ValueError(
+                f"{name!r} is neither a file or folder here nor a data set that datasets.load_dataset(split={split!r}) "
+                f"can load ({type(error).__name__}: {_first_line(error)}). Check the spelling, the split (name::split, "
+                "or name:config:split) and the network."
+            ) from error
+    raise AssertionError("the last split returns or raises")
 
 
 def _source_of_dataset(name: str, dataset: Any, digest: str) -> Source:

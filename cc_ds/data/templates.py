@@ -4,11 +4,14 @@
 sentinel turns, what stands before and after a response. From then on a prompt is rendered, tokenised and given its
 anchor (its last token), and a response becomes its tokens plus the end-of-turn. Positions always come from the
 rendering, never from a search for token ids: a search finds the wrong place as soon as a text quotes the template.
+Each response is rendered as well, as templates of thinking models write a thoughtful one otherwise than a plain one.
 """
 
 from __future__ import annotations
 
 import difflib
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +62,8 @@ NEEDED_TOKENS = {
 }
 REMEDY = f"Name one with --chat_template {'|'.join(BUILT_IN)}"
 SENTINEL_QUESTION, SENTINEL_ANSWER = "sentinelquestion", "sentinelanswer"
+ASKED = {"role": "user", "content": SENTINEL_QUESTION}
+OPEN_TAG = re.compile(r"<\w+>\s*$")  # a generation prompt that ends in "<think>\n"
 
 
 class TemplateRejects(ValueError):
@@ -85,19 +90,26 @@ class Template:
     chat_template: str
     """The Jinja source. Written into an exported tokenizer, it renders as in training."""
     bos_id: int | None
-    """The token that every prompt opens with, or None for tokenizers that use none."""
+    """The token that every prompt opens with, put there by the tokenizer or the template; None if neither does."""
     generation_prompt: str
     """What the template puts between the user's last words and the response."""
     response_prefix: str
     """What the template puts between the generation prompt and the response (often "", " " for Mistral, an empty
     "<think>" block for Qwen3). It is trained as part of the response."""
+    begun_response: str
+    """What the generation prompt writes of a response beyond what a finished turn has (mostly "", "<think>\\n" for
+    DeepSeek R1)."""
+    finished_opening: str
+    """What stands between the user's last words and the response of a finished turn."""
+    finished_closing: str
+    """What stands after the response of a finished turn."""
     end_of_turn_ids: list[int]
     """The tokens that end a response: what follows it in the template up to the first special token, or eos."""
     stop_token_ids: list[int]
     """Tokens that end generation: the end of turn and eos."""
 
     def render_prompt(self, messages: list[dict[str, str]]) -> RenderedPrompt:
-        """Token ids of the prompt with its generation prompt; exactly one BOS where the tokenizer uses one.
+        """Token ids of the prompt with its generation prompt; exactly one BOS where there is a `bos_id`.
 
         Raises TemplateRejects where the template refuses the conversation.
         """
@@ -113,9 +125,41 @@ class Template:
         """Token ids of the response as they follow the generation prompt, then the end of turn."""
         return self.encode_response(text) + self.end_of_turn_ids
 
-    def encode_response(self, text: str) -> list[int]:
-        """`render_response` without the end of turn."""
-        return _encode_after(self.tokenizer, self.generation_prompt, self.response_prefix + text)
+    def encode_response(
+        self, text: str, reasoning_content: str = "", prompt: Sequence[Mapping[str, str]] = (ASKED,)
+    ) -> list[int]:
+        """`render_response` without the end of turn, with the thoughts that led to the text, as an answer to `prompt`.
+
+        Raises TemplateRejects where the template does not write the thoughts, or begins some that the text lacks.
+        """
+        text = self._follow(text, reasoning_content, prompt)
+        return _encode_after(self.tokenizer, self.generation_prompt, text)
+
+    def _follow(self, text: str, reasoning_content: str, prompt: Sequence[Mapping[str, str]]) -> str:
+        """What follows the generation prompt: mostly response_prefix and the text, as the row has it."""
+        answer = {"role": "assistant", "content": text}
+        if reasoning_content:
+            answer["reasoning_content"] = reasoning_content
+        whole = _render(self.tokenizer, self.chat_template, [*prompt, answer], add_generation_prompt=False)
+        if reasoning_content and _squeezed(reasoning_content) not in _squeezed(whole):
+            raise TemplateRejects(
+                "it does not write the reasoning_content. Put the thoughts into the response, or leave them out"
+            )
+        begun, closing = self.begun_response, self.finished_closing
+        finished = whole[: len(whole) - len(closing)] if whole.endswith(closing) else ""
+        # The usual case. The text stays as the row has it, though some templates trim it.
+        as_it_is = not reasoning_content and _ends_in(finished, self.finished_opening, text)
+        if as_it_is and not OPEN_TAG.search(begun):
+            return self.response_prefix + text
+        # Thoughts, which the template writes in its own way.
+        asked = _render(self.tokenizer, self.chat_template, prompt, add_generation_prompt=True)
+        if finished.startswith(asked) and _squeezed(text) in _squeezed(finished):
+            return finished.removeprefix(asked)
+        # Thoughts that the template drops from a finished turn, though it may begin them for the model.
+        tag = begun.rstrip()
+        if not text.startswith(tag):
+            raise TemplateRejects(f"the generation prompt ends in {tag!r} and the response does not begin with that")
+        return self.response_prefix + text.removeprefix(tag).removeprefix(begun[len(tag) :])
 
     def decode_response(self, ids: list[int]) -> str:
         """The response in generated tokens: without special tokens, the template's prefix and outer whitespace."""
@@ -138,18 +182,23 @@ def load_template(tokenizer: PreTrainedTokenizerBase, name: str | None = None) -
     bos_id = _bos_in_use(tokenizer)
     source = _own_source(tokenizer) if name is None else _built_in_source(tokenizer, name, uses_bos=bos_id is not None)
     what = "the tokenizer's own chat template" if name is None else f"the chat template {name!r}"
-    user = {"role": "user", "content": SENTINEL_QUESTION}
-    assistant = {"role": "assistant", "content": SENTINEL_ANSWER}
+    answered = {"role": "assistant", "content": SENTINEL_ANSWER}
     try:
-        prompt = _render(tokenizer, source, [user], add_generation_prompt=True)
-        whole = _render(tokenizer, source, [user, assistant], add_generation_prompt=False)
+        prompt = _render(tokenizer, source, [ASKED], add_generation_prompt=True)
+        whole = _render(tokenizer, source, [ASKED, answered], add_generation_prompt=False)
     except TemplateRejects as error:
         raise ValueError(
             f"{what} is broken: {error}. {REMEDY}, or mend the template of the model's tokenizer."
         ) from error
     if SENTINEL_QUESTION not in prompt or SENTINEL_ANSWER not in whole:
         raise ValueError(f"{what} does not render the messages it is given. {REMEDY}.")
+    if bos_id is not None and not prompt.startswith(tokenizer.bos_token):
+        # Training adds BOS; servers tokenise what the exported template renders, and add none.
+        source = "{{ bos_token }}" + source
+    elif _opens_with_bos(tokenizer, prompt):
+        bos_id = tokenizer.bos_token_id
     before, _, after = whole.rpartition(SENTINEL_ANSWER)
+    opening, generation_prompt = (text.rpartition(SENTINEL_QUESTION)[2] for text in (before, prompt))
     end_of_turn = _end_of_turn(tokenizer, after)
     if not end_of_turn:
         raise ValueError(
@@ -162,8 +211,11 @@ def load_template(tokenizer: PreTrainedTokenizerBase, name: str | None = None) -
         name=name or "own",
         chat_template=source,
         bos_id=bos_id,
-        generation_prompt=prompt.rpartition(SENTINEL_QUESTION)[2],
+        generation_prompt=generation_prompt,
         response_prefix=before.removeprefix(prompt) if before.startswith(prompt) else "",
+        begun_response=generation_prompt.removeprefix(opening) if generation_prompt.startswith(opening) else "",
+        finished_opening=opening,
+        finished_closing=after,
         end_of_turn_ids=end_of_turn,
         stop_token_ids=list(dict.fromkeys([end_of_turn[-1], *eos])),
     )
@@ -203,9 +255,27 @@ def _bos_in_use(tokenizer: PreTrainedTokenizerBase) -> int | None:
     return bos if added or getattr(tokenizer, "add_bos_token", False) else None
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, source: str, messages: list[dict[str, str]], **options: Any) -> str:
+def _opens_with_bos(tokenizer: PreTrainedTokenizerBase, prompt: str) -> bool:
+    """Whether the template writes BOS. What comes again within one turn is the mark of a turn (SmolLM2), not BOS."""
+    bos = tokenizer.bos_token
+    return bool(bos) and prompt.startswith(bos) and prompt.count(bos) == 1
+
+
+def _squeezed(text: str) -> str:
+    return "".join(text.split())
+
+
+def _ends_in(whole: str, opening: str, text: str) -> bool:
+    """Whether `whole` ends in the opening and the text, in which templates trim whitespace (Llama 3)."""
+    whole, text = whole.rstrip(), text.strip()
+    return whole.endswith(text) and whole[: len(whole) - len(text)].rstrip().endswith(opening.rstrip())
+
+
+def _render(
+    tokenizer: PreTrainedTokenizerBase, source: str, messages: Sequence[Mapping[str, str]], **options: Any
+) -> str:
     try:
-        return tokenizer.apply_chat_template(messages, chat_template=source, tokenize=False, **options)
+        return tokenizer.apply_chat_template(list(messages), chat_template=source, tokenize=False, **options)
     except (jinja2.TemplateError, TypeError) as error:
         line = f" (line {error.lineno})" if isinstance(error, jinja2.TemplateSyntaxError) else ""
         raise TemplateRejects(f"{type(error).__name__}: {error}{line}") from error

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from transformers import PreTrainedTokenizerBase
 
-FORMAT_VERSION = 1  # raise it whenever the same input would give other rows
+FORMAT_VERSION = 2  # raise it whenever the same input would give other rows
 ROWS_PER_BATCH = 1000
 STALE_AFTER_SECONDS = 24 * 3600
 SAY_EVERY_SECONDS = 30.0
@@ -53,15 +53,15 @@ def load_tokenised(
     on_long: str = "truncate",
     on_bad_row: str = "skip",
     column_map: Mapping[str, str] | None = None,
-    split: str = "train",
+    split: str | Sequence[str] = "train",
     cache_dir: str | Path,
 ) -> tuple[datasets.Dataset, Summary]:
     """The tokenised rows of all sources, memory-mapped, and the summary of how they came about.
 
     `template` is a Template, a built-in name, or None for the tokenizer's own. `max_english_length` None means
-    `max_length`. Columns of the data set: see `tokenise_row`. Raises ValueError for what is wrong with the data (see
-    sources.py, columns.py), for a row that is too long when `on_long` is "error", and for bad rows when `on_bad_row`
-    is "error".
+    `max_length`; `split`: see `open_source`. Columns of the data set: see `tokenise_row`. Raises ValueError for what is
+    wrong with the data (see sources.py, columns.py), for a row that is too long when `on_long` is "error", and for bad
+    rows when `on_bad_row` is "error".
     """
     template = template if isinstance(template, Template) else load_template(tokenizer, template)
     limits = (max_length, max_english_length or max_length, on_long)

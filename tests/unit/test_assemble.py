@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 from unittest.mock import MagicMock
 
 import pytest
 import tiny_models
 import torch
+from datasets import Dataset, DatasetDict
 from transformers import GenerationConfig
 
 from cc_ds import CCModelForCausalLM
 from cc_ds.assemble import RunData, build_data, build_model, complete_generation_config, with_stored_connection
 from cc_ds.config import CCConfig, load_config
+from cc_ds.demo.tiny import train_tokenizer
 from cc_ds.dist.group import Group
 
 
@@ -84,3 +87,24 @@ def test_a_model_that_is_not_there_is_a_mistake(step, tmp_path, monkeypatch):
         step(load_config(options), Group.alone())
     with pytest.raises(ValueError, match=r"^tokenizer_name no/tokenizer: can't be loaded"):
         build_data(load_config([*options, "--tokenizer_name", "no/tokenizer"]), Group.alone())
+
+
+def test_validation_is_not_read_from_the_train_split(tmp_path):
+    """Where train_file and validation_file name one data set."""
+    tiny_models.cc_model().save_pretrained(tmp_path / "model")
+    train_tokenizer(["one two three"] * 9, tmp_path / "model", vocab_size=300)
+    row = {"instruction": "one", "output": "two"}
+    splits = {name: Dataset.from_list([row] * rows) for name, rows in (("train", 3), ("validation", 2), ("test", 1))}
+    files = ["--train_file", str(tmp_path / "rows"), "--validation_file", str(tmp_path / "rows")]
+    options = ["--output_dir", str(tmp_path), "--data_cache_dir", str(tmp_path / "cache"), *files]
+    config = load_config(["--model_name_or_path", str(tmp_path / "model"), *options])
+    for left, rows in (("validation", 2), ("test", 1), ("train", None)):
+        DatasetDict(splits).save_to_disk(tmp_path / "rows")
+        if rows is None:
+            with pytest.raises(ValueError, match=r"no split 'validation' or 'test'; it has \['train'\]"):
+                build_data(config, Group.alone())
+        else:
+            data = build_data(config, Group.alone())
+            assert (len(data.train), len(data.validation)) == (3, rows)
+        splits.pop(left)
+        shutil.rmtree(tmp_path / "rows")

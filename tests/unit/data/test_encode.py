@@ -104,6 +104,15 @@ def test_truncation_over_many_lengths(tokenizer, name):
     assert {e for _, _, e in seen} == {True, False}
 
 
+def test_a_bos_that_only_the_template_writes_survives_truncation(make_bpe):
+    tokenizer = make_bpe(bos=False)
+    tokenizer.bos_token = "<|bos|>"
+    tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m['content'] + '<|im_end|>' }}{% endfor %}"
+    row = tokenise_row(Row(user("Kenya " * 50), "B", user("K " * 50), "sw", "f:1"), load_template(tokenizer), 20, 20)
+    assert row["prompt_cut"] and row["english_cut"]
+    assert row["input_ids"][0] == row["english_input_ids"][0] == tokenizer.bos_token_id
+
+
 def test_no_part_of_a_longer_end_of_turn_is_left(make_bpe):
     tokenizer = make_bpe()
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] + '\n----<|im_end|>' }}{% endfor %}"
@@ -152,6 +161,19 @@ def test_limits_that_leave_no_room(bpe):
     ]:
         with pytest.raises(ValueError, match=message):
             check_limits(template, *limits)
+
+
+def test_thoughts_apart_are_trained_or_refused(make_bpe):
+    tokenizer = make_bpe()
+    row = Row(user("A"), "Four.", None, "sw", "f:4", "2+2")
+    bad = tokenise_row(row, load_template(tokenizer, "chatml"), 512, 512)
+    assert isinstance(bad, BadRow) and "does not write the reasoning_content" in bad.reason
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['reasoning_content'] %}{{ '(' + m['reasoning_content'] + ')' }}{% endif %}"
+        "{{ m['content'] + '<|im_end|>' }}{% endfor %}"
+    )
+    labels = tokenise_row(row, load_template(tokenizer), 512, 512)["labels"]
+    assert tokenizer.decode([token for token in labels if token != -100]) == "(2+2)Four.<|im_end|>"
 
 
 def test_rows_that_the_template_refuses_or_that_hold_a_stop_token(make_bpe):

@@ -1,4 +1,4 @@
-"""Three forms become one; columns are found, mapped or missed with a hint; bad rows are counted and named."""
+"""Four forms become one; columns are found, mapped or missed with a hint; bad rows are counted and named."""
 
 from __future__ import annotations
 
@@ -49,6 +49,38 @@ def test_instruction_form(read):
         rows[0].lang = "de"
 
 
+def test_system_and_history_of_an_instruction(read):
+    """LLaMA-Factory's columns. One system text serves both prompts unless there is an English one."""
+    record = {"instruction": "C", "output": "D", "instruction_en": "c", "system": "Be kind."}
+    history, english = [["A", "B"]], [["a", "b"], ["a2", "b2"]]
+    rows, summary = read(
+        {**record, "history": history, "history_en": english},
+        {**record, "history": json.dumps(history), "history_en": [], "system_en": "Be brief."},
+        {**record, "history": " ", "system": "", "instruction_en": None},
+        {**record, "history": [["A"]]},
+        {**record, "history": 3},
+        {**record, "system": 3},
+    )
+    turns = [user("A"), assistant("B"), user("C")]
+    assert [row.prompt for row in rows] == [[SYSTEM, *turns], [SYSTEM, *turns], [user("C")]]
+    assert rows[0].prompt_en == [SYSTEM, user("a"), assistant("b"), user("a2"), assistant("b2"), user("c")]
+    assert [row.prompt_en for row in rows[1:]] == [[{"role": "system", "content": "Be brief."}, user("c")], None]
+    assert summary.bad_rows == {
+        "history is not a list of [question, answer]": 2, "system is of type int, not a string": 1
+    }  # fmt: skip
+    (note,) = summary.notes
+    assert note.startswith("1 rows have instruction_en and history, but no history_en")
+
+
+def test_known_columns_that_are_not_read_are_noted(read):
+    _, summary = read({"instruction": "A", "output": "B", "system": "S", "tools": "[]", "images": [], "id": 3})
+    assert [note.partition("rows.jsonl: ")[2] for note in summary.notes] == ["not read: the columns tools, images."]
+    _, summary = read({"prompt": "A", "completion": "B", "system": "S"})
+    assert "not read: the column system." in str(summary)
+    _, summary = read({"chosen": "B", "prompt": "A"}, column_map={"completion": "chosen"})
+    assert summary.notes == []
+
+
 def test_messages_form(read):
     talk = [SYSTEM, user("A"), assistant("B"), user("C"), assistant("D")]
     rows, _ = read(
@@ -73,6 +105,42 @@ def test_completion_form(read):
     assert [row.prompt for row in rows] == [[user("A")], [SYSTEM, user("A")], [user("A")]]
     assert [row.prompt_en for row in rows] == [[user("a")], [user("a")], None]
     assert [row.response for row in rows] == ["B"] * 3
+
+
+def test_sharegpt_form(read):
+    def turns(*texts):
+        return [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
+
+    whole = {"conversations": turns("A", "B", "C", "D"), "conversations_en": turns("a", "b", "c"), "lang": "sw"}
+    rows, summary = read(
+        {**whole, "system": "Be kind."},
+        {"conversations": [{"from": "system", "value": "Be kind."}, *turns("A", "D")], "system": "Be brief."},
+        {"conversations": json.dumps(turns("A", "D")), "conversations_en": None},
+        {"conversations": [user("A"), assistant("D")]},
+        {"conversations": [*turns("A"), {"from": "observation", "value": "B"}, *turns("A", "D")]},
+        {"conversations": [{"from": "human"}, *turns("A", "D")]},
+    )
+    talk = [user("A"), assistant("B"), user("C")]
+    assert [row.prompt for row in rows] == [[SYSTEM, *talk], [SYSTEM, user("A")], [user("A")], [user("A")]]
+    assert [row.prompt_en for row in rows] == [[SYSTEM, user("a"), assistant("b"), user("c")], None, None, None]
+    assert {row.response for row in rows} == {"D"}
+    assert summary.bad_rows == {
+        "the prompt has an unknown role 'observation' (known: system, user, assistant)": 1,
+        "a turn's content in the prompt is of type NoneType, not a string": 1,
+    }
+
+
+def test_thoughts_apart(read):
+    thoughtful = {**assistant("D"), "reasoning_content": "because"}
+    rows, summary = read(
+        {"messages": [user("A"), {**assistant("B"), "reasoning_content": "so"}, user("C"), thoughtful]},
+        {"messages": [user("A"), {**assistant("D"), "reasoning_content": None}]},
+        {"prompt": "A", "completion": [thoughtful]},
+        {"messages": [user("A"), {**assistant("D"), "reasoning_content": ["because"]}]},
+    )
+    assert [(row.response, row.reasoning_content) for row in rows] == [("D", "because"), ("D", ""), ("D", "because")]
+    assert rows[0].prompt == [user("A"), {**assistant("B"), "reasoning_content": "so"}, user("C")]
+    assert summary.bad_rows == {"a turn's reasoning_content in the prompt is of type list, not a string": 1}
 
 
 def test_forms_may_be_mixed_and_the_one_with_english_wins(read):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import re
 
@@ -104,6 +105,34 @@ def test_split_of_a_saved_dataset_dict(tmp_path):
         read_rows(tmp_path / "saved")
 
 
+def test_the_first_split_that_there_is(tmp_path, monkeypatch):
+    """In a saved DatasetDict and in a data set of the hub, here with the library's own word for a split it lacks."""
+    files = {name: str(write(tmp_path / f"{name}.json", RECORDS[:rows])) for name, rows in (("train", 3), ("test", 2))}
+    load = functools.partial(datasets.load_dataset, "json", data_files=files, cache_dir=tmp_path / "cache")
+    load().save_to_disk(tmp_path / "saved")
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, config, split: load(split=split))
+    for source in (tmp_path / "saved", "someone/pairs"):
+        assert len(read_rows(source)[0]) == 3
+        assert len(read_rows(source, split=("validation", "test"))[0]) == 2
+        with pytest.raises(ValueError, match=r"validation"):
+            read_rows(source, split=("dev", "validation"))
+    assert len(read_rows(tmp_path / "saved" / "train", split=("validation", "test"))[0]) == 3
+    assert len(read_rows("someone/pairs::train", split=("validation", "test"))[0]) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "split"),
+    [("a/b:c", "c", "train"), ("a/b:c:test", "c", "test"), ("a/b::train[:90%]", None, "train[:90%]")],
+)
+def test_config_and_split_in_a_datasets_name(monkeypatch, name, config, split):
+    def load_dataset(*args, **kwargs):
+        assert (args, kwargs) == (("a/b", config), {"split": split})
+        return datasets.Dataset.from_list(RECORDS)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert len(read_rows(name)[0]) == 3
+
+
 def test_a_datasets_name_is_loaded_without_remote_code(monkeypatch):
     calls = []
 
@@ -113,7 +142,7 @@ def test_a_datasets_name_is_loaded_without_remote_code(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     rows, _ = read_rows("someone/pairs", split="test")
-    assert calls == [(("someone/pairs",), {"split": "test"})]
+    assert calls == [(("someone/pairs", None), {"split": "test"})]
     assert rows[1].source == "someone/pairs:2"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from transformers import AutoTokenizer
 
 from cc_ds.data import TemplateRejects, load_template
 from cc_ds.data.templates import BUILT_IN
@@ -94,12 +95,31 @@ def test_own_template_and_bos_exactly_once(make_bpe):
         assert template.end_of_turn_ids == [tokenizer.convert_tokens_to_ids("<|im_end|>")]
 
 
-def test_bos_that_only_the_template_writes_is_kept(make_bpe):
+def test_an_exported_template_writes_the_bos_that_training_saw(make_bpe, tmp_path):
+    """Servers tokenise what the template renders and add nothing."""
+    tokenizer = make_bpe()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '<|im_end|>' }}{% endfor %}"
+    template = load_template(tokenizer)
+    tokenizer.chat_template = template.chat_template
+    tokenizer.save_pretrained(tmp_path)
+    exported = AutoTokenizer.from_pretrained(tmp_path)
+    again = load_template(exported)
+    assert again.chat_template == template.chat_template
+    ids = template.render_prompt(TALKS["one turn"]).ids
+    assert ids[0] == tokenizer.bos_token_id
+    assert again.render_prompt(TALKS["one turn"]).ids == ids
+    assert exported.apply_chat_template(TALKS["one turn"], return_dict=False) == ids
+
+
+def test_bos_that_only_the_template_writes(make_bpe):
+    """It counts as BOS, which truncation keeps (OLMo 2), unless it is also the mark of every turn (SmolLM2)."""
     tokenizer = make_bpe(bos=False)
     tokenizer.bos_token = "<|im_start|>"
     tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    ids = load_template(tokenizer).render_prompt(TALKS["one turn"]).ids
-    assert ids.count(tokenizer.bos_token_id) == 1
+    template = load_template(tokenizer)
+    assert template.bos_id == tokenizer.bos_token_id
+    assert template.render_prompt(TALKS["one turn"]).ids.count(tokenizer.bos_token_id) == 1
+    assert load_template(tokenizer, "chatml").bos_id is None
 
 
 def test_anchor_is_last_even_where_the_text_quotes_the_template(bpe):
@@ -141,6 +161,77 @@ def test_a_prefix_of_the_template_is_no_part_of_an_answer(make_bpe):
         assert template.decode_response(template.encode_response(text)) == text.strip()
     without = tokenizer("Nairobi <think>\n\n</think>", add_special_tokens=False)["input_ids"]
     assert template.decode_response(without) == "Nairobi <think>\n\n</think>"
+
+
+THINK = "{{ '<think>\n' + thoughts.strip('\n') + '\n</think>\n\n' + content.lstrip('\n') }}"
+SPLIT = (
+    "{% set content, thoughts = m['content'], m['reasoning_content'] or '' %}"
+    "{% if '</think>' in content %}{% set thoughts = content.split('</think>')[0].split('<think>')[-1] %}"
+    "{% set content = content.split('</think>')[-1] %}{% endif %}"
+)
+THINKING = {  # how a finished last turn is written, and the generation prompt
+    "qwen3": (SPLIT + THINK, ""),
+    "qwen3 thinking": (SPLIT + THINK, "<think>\n"),
+    "minimax": (SPLIT + "{% if thoughts %}" + THINK + "{% else %}{{ content }}{% endif %}", "<think>\n"),
+    "r1": (SPLIT + "{{ content }}", "<think>\n"),
+    "first r1": (SPLIT + "{{ content }}", ""),
+    "gemma4": (SPLIT + "{{ content }}", "<think>\n</think>\n"),  # no thoughts, said beforehand
+}
+THOUGHTFUL, PLAIN = "<think>\n2+2 is 4\n</think>\n\nFour.", "Four."
+ONE_BLOCK = {
+    "qwen3": (THOUGHTFUL, "<think>\n\n</think>\n\nFour.", THOUGHTFUL),
+    "qwen3 thinking": (THOUGHTFUL, "<think>\n\n</think>\n\nFour.", THOUGHTFUL),
+    "minimax": (THOUGHTFUL, None, THOUGHTFUL),
+    "r1": (THOUGHTFUL, None, None),
+    "first r1": (THOUGHTFUL, PLAIN, None),
+    "gemma4": (None, "<think>\n</think>\nFour.", None),
+}
+
+
+def thinking_template(make_bpe, name):
+    finished, begun = THINKING[name]
+    tokenizer = make_bpe()
+    tokenizer.add_tokens(["<think>", "</think>"])
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' and loop.last %}"
+        + finished
+        + "{% else %}{{ m['content'] }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+        + "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n"
+        + begun
+        + "' }}{% endif %}"
+    )
+    return load_template(tokenizer)
+
+
+@pytest.mark.parametrize("name", THINKING)
+def test_thoughts_are_one_block(make_bpe, name):
+    """In the response, none at all, or apart; after whatever the generation prompt has begun of them."""
+    template = thinking_template(make_bpe, name)
+    for messages in TALKS.values():
+        prompt = template.render_prompt(messages).ids
+        for (text, apart), whole in zip(
+            ((THOUGHTFUL, ""), (PLAIN, ""), (PLAIN, "2+2 is 4")), ONE_BLOCK[name], strict=True
+        ):
+            if whole is None:
+                with pytest.raises(TemplateRejects, match=r"'<think>.*does not begin|does not write the reasoning"):
+                    template.encode_response(text, apart, messages)
+            else:
+                ids = prompt + template.encode_response(text, apart, messages)
+                assert template.tokenizer.decode(ids).endswith("<|im_start|>assistant\n" + whole)
+
+
+def test_a_system_turn_that_a_finished_conversation_loses(make_bpe):
+    """Mistral writes the system turn into the user's last one, and only where that is the last of all."""
+    tokenizer = make_bpe()
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% set system = messages[0]['content'] if messages[0]['role'] == 'system' else '' %}"
+        "{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST]' }}{% if loop.last %}{{ system }}{% endif %}"
+        "{{ m['content'] + '[/INST]' }}{% elif m['role'] == 'assistant' %}{{ ' ' + m['content'] | trim + eos_token }}"
+        "{% endif %}{% endfor %}"
+    )
+    template = load_template(tokenizer)
+    for messages in TALKS.values():
+        assert tokenizer.decode(template.encode_response("Nairobi. ", prompt=messages)) == " Nairobi. "
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
