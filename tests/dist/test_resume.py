@@ -63,7 +63,7 @@ def test_bit_for_bit(zero, command, tmp_path):
 
 
 def test_what_is_changed_at_a_resume_counts(command, tmp_path):
-    """The rates and the decay of the command line, not those that a checkpoint holds."""
+    """The rates and the decay of the command line, not those that a checkpoint holds; other rows are told."""
     config = tmp_path / "zero.json"
     config.write_text(json.dumps({"zero_optimization": {"stage": 3}}), encoding="utf-8")
     command = [*command, "--deepspeed", str(config), "--output_dir", str(tmp_path / "run")]
@@ -71,12 +71,14 @@ def test_what_is_changed_at_a_resume_counts(command, tmp_path):
     slower = ["--learning_rate", "1e-9", "--weight_decay", "0", "--lr_scheduler_type", "constant"]
     runs = [
         [*command, "--stop_after_steps", "2"],
-        [*again, *slower, "--max_steps", "3"],
+        [*again, *slower, "--max_steps", "3", "--max_english_length", "8"],
         [*command, "--stop_after_steps", "2"],  # anew, beside checkpoints of later steps
     ]
     (tmp_path / "commands.json").write_text(json.dumps(runs), encoding="utf-8")
     torchrun("tests/dist/worker.py", str(tmp_path / "commands.json"), ranks=1)
     rates = {line["step"]: line["learning_rate"] for line in read_metrics(tmp_path / "run") if "loss" in line}
     assert rates[3] == 1e-9
+    log = (tmp_path / "run/logs/rank0.log").read_text(encoding="utf-8")
+    assert log.count("checkpoint-000002, but others: the data, the chat template,") == 1
     present = sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*"))
     assert "checkpoint-000002" in present and "checkpoint-000003" not in present, present

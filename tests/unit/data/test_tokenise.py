@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import multiprocessing
 
+import datasets
 import pytest
 
 from cc_ds.data import load_template, load_tokenised, read_rows, tokenise_row
 from cc_ds.data import tokenise as module
+from cc_ds.data.tokenise import rows_digest
 
 RECORDS = [
     {"instruction": "Je, mji mkuu wa Kenya ni upi?", "output": "Nairobi.", "instruction_en": "Capital?", "lang": "sw"},
@@ -194,6 +196,14 @@ def test_a_cache_placed_meanwhile_is_used(load, monkeypatch, tmp_path):
 def _load_and_count(load_options, queue):
     dataset, summary = load_tokenised(**load_options)
     queue.put((len(dataset), str(summary), sum(map(len, dataset["input_ids"]))))
+
+
+def test_the_digest_of_rows_is_that_of_their_tokens(load, tmp_path):
+    rows, _ = load(max_length=640)
+    longer, _ = load(max_length=641)  # another cache of the same rows
+    assert rows_digest(rows) == rows_digest(longer) and len(rows_digest(rows)) == 64
+    assert rows_digest(load(template="plain", max_length=640)[0]) != rows_digest(rows)
+    assert rows_digest(datasets.Dataset.from_list([{"input_ids": [1]}])) is None
 
 
 def test_several_processes_at_once(path, bpe, tmp_path):
