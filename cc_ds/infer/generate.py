@@ -10,7 +10,6 @@ Shapes: B examples, T prompt positions, L layers, H hidden size.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,9 +49,11 @@ def generate_connected(
     """
     if kwargs.get("past_key_values") is not None:
         raise ValueError("connected generation fills the cache itself: leave past_key_values out")
-    if _setting(model, kwargs, "use_cache") is False:
-        raise ValueError("the connection acts in the prefill and lives on in its cache: leave use_cache on")
-    if _setting(model, kwargs, "prefill_chunk_size") is not None:
+    # As generate itself merges them: what is given, then the given config, then the model's.
+    settings, _ = model._prepare_generation_config(**({"generation_config": None} | kwargs))
+    if settings.use_cache is False:
+        raise ValueError("the connection acts in the prefill and lives on in its cache: pass use_cache=True")
+    if settings.prefill_chunk_size is not None:
         raise ValueError("connected generation reads a prompt in one piece: leave prefill_chunk_size out")
     attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     anchors = _checked_anchors(input_ids, attention_mask, anchors)
@@ -67,7 +68,7 @@ def generate_connected(
             languages = [name if on else None for name, on in zip(languages, connected.tolist(), strict=True)]
         english_LBH = model.transform(source_LBH, languages)
     # Beams and several returned sequences: generate repeats the prompts, so what was read is repeated here.
-    repeats = max(_setting(model, kwargs, name) or 1 for name in ("num_beams", "num_return_sequences"))
+    repeats = max(settings.num_beams, settings.num_return_sequences)
     fuse = model.fuse_pass(
         english_LBH.repeat_interleave(repeats, dim=1),
         (anchors - start).repeat_interleave(repeats),
@@ -77,9 +78,9 @@ def generate_connected(
     if cache is not None:
         if repeats > 1:
             cache.batch_repeat_interleave(repeats)
-        if _setting(model, kwargs, "cache_implementation") in (None, "dynamic"):
+        if settings.cache_implementation is None:
             kwargs["past_key_values"], cache = cache, None
-    # A cache of another kind is made by generate itself, and then filled (CCModelForCausalLM).
+    # A cache that was asked for by its kind is made by generate itself, and then filled (CCModelForCausalLM).
     model.prefill_pass, model.prefill_cache = fuse, cache
     try:
         return plain_generate(input_ids, attention_mask=attention_mask, **kwargs)
@@ -151,11 +152,3 @@ def _checked_anchors(input_ids: Tensor, attention_mask: Tensor, anchors: Tensor 
     if not bool(inside.all()) or not bool(attention_mask.gather(1, anchors[:, None]).all()):
         raise ValueError(f"anchors {anchors.tolist()} must be prompt positions in [0, {length}), none of them padding")
     return anchors
-
-
-def _setting(model, kwargs: dict[str, Any], name: str) -> Any:
-    """A generation argument: as given, else of the generation config."""
-    value = kwargs.get(name)
-    return (
-        value if value is not None else getattr(kwargs.get("generation_config") or model.generation_config, name, None)
-    )

@@ -176,6 +176,18 @@ def test_evaluate_excludes_what_it_is_told(model_folder, pairs_file, tmp_path):
     assert answers["plain"] == answers["excluded"] != answers["deployed"]
 
 
+def test_a_model_whose_config_switches_the_cache_off_is_asked_with_one(fitted, capsys):
+    capsys.readouterr()
+    generate(fitted, "--prompt", "q")
+    expected = capsys.readouterr().out
+    (fitted / "generation_config.json").unlink()
+    config = json.loads((fitted / "config.json").read_text(encoding="utf-8"))
+    (fitted / "config.json").write_text(json.dumps(config | {"use_cache": False}), encoding="utf-8")
+    assert CCModelForCausalLM.from_pretrained(fitted).generation_config.use_cache is False
+    generate(fitted, "--prompt", "q")
+    assert capsys.readouterr().out == expected
+
+
 def test_generate_samples_by_seed(fitted, pairs_file, tmp_path):
     said = []
     for seed in (1, 1, 2):

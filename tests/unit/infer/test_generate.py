@@ -7,7 +7,7 @@ import torch
 from reference.two_pass import connected_logits, ffn_outputs
 from tiny_models import HIDDEN, LAYERS, VOCAB, cc_model, stock_twin
 from tokenizers import Tokenizer, decoders, models
-from transformers import PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from cc_ds.connection.transform import Transform
 from cc_ds.models.arch import FAMILIES, layers_of
@@ -158,6 +158,7 @@ WAYS = {
     "greedy": {},
     "beams": {"num_beams": 3, "num_return_sequences": 2},
     "sampling": {"do_sample": True, "temperature": 1.5, "num_return_sequences": 2},
+    "dynamic": {"cache_implementation": "dynamic"},
     "static": {"cache_implementation": "static", "disable_compile": True},
     "static beams": {"cache_implementation": "static", "disable_compile": True, "num_beams": 2},
 }
@@ -178,6 +179,29 @@ def test_every_way_to_decode_equals_two_prefills(family, way):
     assert not torch.equal(ours, model.generate(**_left_padded(prompts), connect=False, **arguments))
 
 
+@pytest.mark.parametrize("own", [{"num_beams": 3}, {"cache_implementation": "static", "disable_compile": True}])
+def test_what_a_given_config_leaves_open_is_the_models(own):
+    model = cc_model(dtype=torch.float64)
+    model.set_transform(_transform())
+    data, settings = _left_padded(_prompts()[:3]), {"max_new_tokens": 5, "eos_token_id": None, "pad_token_id": 0}
+    expected = model.generate(**data, **settings, **own)
+    for name, value in own.items():
+        setattr(model.generation_config, name, value)
+    model.generation_config.eos_token_id = None
+    assert torch.equal(model.generate(**data, generation_config=GenerationConfig(**settings)), expected)
+
+
+def test_a_cache_that_the_models_config_switches_off_is_refused_or_switched_on():
+    model = cc_model()
+    model.set_transform(_transform())
+    data = _left_padded(_prompts())
+    expected = _generate(model, data)
+    model.generation_config.use_cache = False
+    with pytest.raises(ValueError, match="pass use_cache=True"):
+        model.generate(**data, generation_config=GenerationConfig(max_new_tokens=3))
+    assert torch.equal(_generate(model, data, use_cache=True), expected)
+
+
 def test_rows_in_excluded_languages_are_the_stock_models_in_the_same_batch():
     model = cc_model(dtype=torch.float64)
     model.set_transform(_transform())
@@ -192,8 +216,8 @@ def test_rows_in_excluded_languages_are_the_stock_models_in_the_same_batch():
         found = _generate(model, data, **options)
         expected = torch.where(torch.tensor(on)[:, None], connected, plain)
         assert torch.equal(found, expected), options
-    for bad in ({"use_cache": False}, {"prefill_chunk_size": 4}):
-        with pytest.raises(ValueError, match="leave"):
+    for bad, message in (({"use_cache": False}, "pass use_cache=True"), ({"prefill_chunk_size": 4}, "leave")):
+        with pytest.raises(ValueError, match=message):
             _generate(model, data, **bad)
     for bad in ({"languages": ["sw"]}, {"connect": torch.tensor([True, False])}):
         with pytest.raises(ValueError, match="4"):
