@@ -378,7 +378,9 @@ class CCModelForCausalLM:
             kwargs: Hugging Face's generation arguments.
         """
         able = self.transform is not None or english_input_ids is not None
-        if not able or input_ids is None:
+        # Another model's assistant, which only drafts: it is asked over and over, with a cache of its own.
+        drafts = getattr(kwargs.get("generation_config"), "is_assistant", None)
+        if not able or drafts or input_ids is None:
             return super().generate(input_ids, attention_mask=attention_mask, **kwargs)
         connected = connected_rows(input_ids.shape[0], connect, languages, exclude)
         if not connected.any():

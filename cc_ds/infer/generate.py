@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
+from transformers.generation import GenerationMode
 
 # What a row of English is called; "en-GB" and "en_US" are English too.
 ENGLISH = ("en", "eng", "english")
@@ -44,8 +45,8 @@ def generate_connected(
         kwargs: Hugging Face's generation arguments.
 
     Raises:
-        ValueError: right padding, an anchor outside the prompt or on padding, a cache handed in or switched off, or
-            a prefill in chunks.
+        ValueError: right padding, an anchor outside the prompt or on padding, a cache handed in or switched off, a
+            prefill in chunks, continuous batching, or a model that is its own assistant.
     """
     if kwargs.get("past_key_values") is not None:
         raise ValueError("connected generation fills the cache itself: leave past_key_values out")
@@ -55,6 +56,13 @@ def generate_connected(
         raise ValueError("the connection acts in the prefill and lives on in its cache: pass use_cache=True")
     if settings.prefill_chunk_size is not None:
         raise ValueError("connected generation reads a prompt in one piece: leave prefill_chunk_size out")
+    if settings.cache_implementation == "paged":
+        raise ValueError("continuous batching does not go through the prefill that connects: leave paged out")
+    assistant = kwargs.get("assistant_model")
+    if settings.assistant_early_exit is not None or assistant is model:
+        raise ValueError(
+            "a connected model can't draft for itself: leave assistant_early_exit out, or name another assistant_model"
+        )
     attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     anchors = _checked_anchors(input_ids, attention_mask, anchors)
     connected = connected.to(input_ids.device)
@@ -64,6 +72,8 @@ def generate_connected(
             connected = connected & english[1].any(dim=1)
     else:
         source_LBH, cache, start = _read_prompt(model, input_ids, attention_mask, anchors)
+        if settings.get_generation_mode(assistant) == GenerationMode.ASSISTED_GENERATION:
+            cache, start = None, 0  # it reads the whole prompt, whatever the cache holds
         if languages is not None:
             languages = [name if on else None for name, on in zip(languages, connected.tolist(), strict=True)]
         english_LBH = model.transform(source_LBH, languages)

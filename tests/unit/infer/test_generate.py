@@ -202,6 +202,46 @@ def test_a_cache_that_the_models_config_switches_off_is_refused_or_switched_on()
     assert torch.equal(_generate(model, data, use_cache=True), expected)
 
 
+def _assisted(model) -> dict[str, dict]:
+    with_transform = cc_model(seed=1, dtype=torch.float64)
+    with_transform.set_transform(_transform())
+    return {
+        "prompt lookup": {"prompt_lookup_num_tokens": 3},
+        "another model": {"assistant_model": cc_model(seed=1, dtype=torch.float64)},
+        "the same weights": {"assistant_model": stock_twin(model)},
+        "one with a transform": {"assistant_model": with_transform},
+    }
+
+
+@pytest.mark.parametrize("way", _assisted(cc_model()))
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_assisted_decoding_is_greedy_decoding(family, way):
+    model = cc_model(family, dtype=torch.float64)
+    model.set_transform(_transform())
+    settings = _assisted(model)[way]
+    english = {"english_input_ids": _prompts()[0][None]}
+    for prompt in _prompts()[1:3]:
+        data = {"input_ids": torch.cat([prompt, prompt])[None]}  # twice, so that there is something to look up
+        for more in ({}, {"anchors": torch.tensor([0])}, {"anchors": torch.tensor([4])}, english, {"connect": False}):
+            assert torch.equal(_generate(model, data, **more, **settings), _generate(model, data, **more)), more
+
+
+def test_what_reads_the_prompt_in_its_own_way_is_refused():
+    model = cc_model()
+    model.set_transform(_transform())
+    data = {"input_ids": _prompts()[0][None]}
+    for bad, message in (
+        ({"cache_implementation": "paged"}, "leave paged out"),
+        ({"assistant_early_exit": 1}, "leave assistant_early_exit out"),
+        ({"assistant_model": model}, "name another assistant_model"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            _generate(model, data, **bad)
+    assert torch.equal(
+        _generate(model, data, connect=False, assistant_model=model), _generate(model, data, connect=False)
+    )
+
+
 def test_rows_in_excluded_languages_are_the_stock_models_in_the_same_batch():
     model = cc_model(dtype=torch.float64)
     model.set_transform(_transform())
