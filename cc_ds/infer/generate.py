@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache
+from transformers import Cache, DynamicCache, GenerationConfig
 from transformers.generation import GenerationMode
 
 # What a row of English is called; "en-GB" and "en_US" are English too.
@@ -37,7 +37,7 @@ def generate_connected(
     Args:
         model: a CCModelForCausalLM with a transform, or any when English prompts are given.
         plain_generate: the stock `generate` of the model.
-        input_ids, attention_mask: (B, T), padded on the left.
+        input_ids, attention_mask: (B, T), padded on the left; without a mask, padding is what has the padding token.
         anchors: (B,) int64 or None, the last prompt token.
         english: input ids, attention mask (B, T_en) and anchors (B,); the first None: use the transform.
         connected: (B,) bool; the other rows are read as the stock model reads them.
@@ -63,13 +63,16 @@ def generate_connected(
         raise ValueError(
             "a connected model can't draft for itself: leave assistant_early_exit out, or name another assistant_model"
         )
-    attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    attention_mask = _mask(model, settings, input_ids) if attention_mask is None else attention_mask
     anchors = _checked_anchors(input_ids, attention_mask, anchors)
     connected = connected.to(input_ids.device)
     if english[0] is not None:
-        english_LBH, cache, start = _english_activations(model, english), None, 0
-        if english[1] is not None:
-            connected = connected & english[1].any(dim=1)
+        english_ids, english_mask, english_anchors = english
+        english_mask = _mask(model, settings, english_ids) if english_mask is None else english_mask
+        connected = connected & english_mask.any(dim=1)
+        english_mask = english_mask.clone()
+        english_mask[:, 0] |= (~english_mask.any(dim=1)).to(english_mask.dtype)
+        english_LBH, cache, start = model.anchor_activations(english_ids, english_mask, english_anchors), None, 0
     else:
         source_LBH, cache, start = _read_prompt(model, input_ids, attention_mask, anchors)
         if settings.get_generation_mode(assistant) == GenerationMode.ASSISTED_GENERATION:
@@ -142,12 +145,10 @@ def _read_prompt(model, input_ids, attention_mask, anchors) -> tuple[Tensor, Dyn
     return source_LBH, cache, start
 
 
-def _english_activations(model, english) -> Tensor:
-    input_ids, attention_mask, anchors = english
-    if attention_mask is not None:
-        attention_mask = attention_mask.clone()
-        attention_mask[:, 0] |= (~attention_mask.any(dim=1)).to(attention_mask.dtype)
-    return model.anchor_activations(input_ids, attention_mask, anchors)
+def _mask(model, settings: GenerationConfig, input_ids: Tensor) -> Tensor:
+    """(B, T) attention mask, as generate itself infers it: padding, unless the padding token ends answers too."""
+    model._prepare_special_tokens(settings, False, input_ids.device, batch_size=input_ids.shape[0])
+    return model._prepare_attention_mask_for_generation(input_ids, settings, {})
 
 
 def _checked_anchors(input_ids: Tensor, attention_mask: Tensor, anchors: Tensor | None) -> Tensor:

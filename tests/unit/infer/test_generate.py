@@ -99,6 +99,27 @@ def test_logits_equal_two_prefills_to_float64_precision():
     torch.testing.assert_close(result.logits[0][0].double(), logits[0, -1], atol=1e-5, rtol=0)
 
 
+def test_without_a_mask_padding_is_what_has_the_padding_token():
+    model = cc_model(dtype=torch.float64)
+    model.set_transform(_transform())
+    data, english = _left_padded(_prompts()), _left_padded(_prompts()[::-1])
+    english = {f"english_{name}": value for name, value in english.items()}
+    right = {"english_input_ids": torch.nn.functional.pad(_prompts()[3][None], (0, 3)).repeat(4, 1)}
+    for more in ({}, english):
+        unmasked = {name: value for name, value in (data | more).items() if "mask" not in name}
+        assert torch.equal(_generate(model, unmasked), _generate(model, data | more))
+    unpadded = {"english_input_ids": _prompts()[3][None].repeat(4, 1)}
+    assert torch.equal(_generate(model, data | right), _generate(model, data | unpadded))
+    with pytest.raises(ValueError, match="padded on the left"):
+        _generate(model, {"input_ids": data["input_ids"].flip(1)})
+    with pytest.raises(ValueError, match="none of them padding"):
+        _generate(model, {"input_ids": data["input_ids"]}, anchors=torch.zeros(4, dtype=torch.long))
+    model.generation_config.pad_token_id = model.generation_config.eos_token_id = 0  # then it is a token like others
+    settings = {"max_new_tokens": 1, "do_sample": False}
+    whole = model.generate(data["input_ids"], attention_mask=torch.ones_like(data["input_ids"]), **settings)
+    assert torch.equal(model.generate(data["input_ids"], **settings), whole)
+
+
 def test_real_english_prompts_as_the_upper_bound():
     model = cc_model(dtype=torch.float64)
     prompts, english = _prompts()[:2], _prompts()[2:]
