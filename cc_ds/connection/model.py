@@ -12,6 +12,7 @@ Shapes: B examples, T target positions, T_en English positions, L layers, H hidd
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -73,6 +74,7 @@ class CCModelForCausalLM:
         self.trained_transform = TrainedTransform(config.hidden_size) if self.cc_config.transform_share else None
         self.transform: Transform | None = None
         self.hooks = Hooks(self, self.family)
+        self.one_generation = Lock()
         self.prefill_pass: FusePass | None = None
         self.prefill_cache: Cache | None = None
         self.labelled_loss = labelled_loss
@@ -376,19 +378,22 @@ class CCModelForCausalLM:
             languages: B names, each row's language or None; a transform with a matrix per language needs them.
             exclude: rows of these languages are read without the connection; by default, English.
             kwargs: Hugging Face's generation arguments.
+
+        Threads that share a model take turns: what acts in a prefill is kept in the model.
         """
-        able = self.transform is not None or english_input_ids is not None
-        # Another model's assistant, which only drafts: it is asked over and over, with a cache of its own.
-        drafts = getattr(kwargs.get("generation_config"), "is_assistant", None)
-        if not able or drafts or input_ids is None:
-            return super().generate(input_ids, attention_mask=attention_mask, **kwargs)
-        connected = connected_rows(input_ids.shape[0], connect, languages, exclude)
-        if not connected.any():
-            return super().generate(input_ids, attention_mask=attention_mask, **kwargs)
-        english = (english_input_ids, english_attention_mask, english_anchors)
-        return generate_connected(
-            self, super().generate, input_ids, attention_mask, anchors, english, connected, languages, **kwargs
-        )
+        with self.one_generation:
+            able = self.transform is not None or english_input_ids is not None
+            # Another model's assistant, which only drafts: it is asked over and over, with a cache of its own.
+            drafts = getattr(kwargs.get("generation_config"), "is_assistant", None)
+            if not able or drafts or input_ids is None:
+                return super().generate(input_ids, attention_mask=attention_mask, **kwargs)
+            connected = connected_rows(input_ids.shape[0], connect, languages, exclude)
+            if not connected.any():
+                return super().generate(input_ids, attention_mask=attention_mask, **kwargs)
+            english = (english_input_ids, english_attention_mask, english_anchors)
+            return generate_connected(
+                self, super().generate, input_ids, attention_mask, anchors, english, connected, languages, **kwargs
+            )
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs: dict, *args, **kwargs) -> None:
         # Where transformers has just made the cache that a generation asked for (static, quantized ...).
@@ -396,6 +401,22 @@ class CCModelForCausalLM:
         if self.prefill_cache is not None:
             fill_cache(model_kwargs["past_key_values"], self.prefill_cache)
             self.prefill_cache = None
+
+
+class Lock:
+    """A reentrant lock that copies and pickles, as its owner does: the copy has a free one of its own."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *error) -> None:
+        self._lock.release()
+
+    def __reduce__(self) -> tuple:
+        return Lock, ()
 
 
 @functools.cache

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from reference.two_pass import connected_logits, ffn_outputs
@@ -340,6 +344,29 @@ def test_stop_strings():
     stop = tokenizer.decode(tokens[1:3])
     stopped = _generate(model, {"input_ids": prompt[None]}, stop_strings=[stop], tokenizer=tokenizer)[0].tolist()
     assert stopped == tokens[:3] != tokens
+
+
+def test_threads_that_share_a_model_take_turns():
+    model = cc_model()
+    model.set_transform(_transform())
+    asked = [
+        ({"input_ids": prompt[None]}, {"connect": connect}) for prompt in _prompts()[:3] for connect in (True, False)
+    ]
+    expected = [_generate(model, data, **more) for data, more in asked]
+    with ThreadPoolExecutor(4) as pool:
+        found = pool.map(lambda job: _generate(model, job[0], **job[1]), asked * 20)
+        assert all(torch.equal(tokens, own) for tokens, own in zip(found, expected * 20, strict=True))
+
+
+def test_a_copied_model_connects_by_itself():
+    model = cc_model(dtype=torch.float64)
+    model.set_transform(_transform())
+    data = _left_padded(_prompts())
+    twin = copy.deepcopy(model)
+    assert torch.equal(_generate(twin, data), _generate(model, data))
+    with twin.one_generation, ThreadPoolExecutor(1) as pool:  # the other's is free
+        pool.submit(_generate, model, data).result(timeout=60)
+    assert pickle.loads(pickle.dumps(model.one_generation)) is not model.one_generation
 
 
 def test_generation_leaves_nothing_behind():
