@@ -22,7 +22,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, Cache, PretrainedConfig
+from transformers import AutoConfig, Cache, GenerationConfig, PretrainedConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import resolve_revision
@@ -355,7 +355,9 @@ class CCModelForCausalLM:
 
     def generate(
         self,
-        input_ids: Tensor | None = None,
+        inputs: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *,
         attention_mask: Tensor | None = None,
         anchors: Tensor | None = None,
         english_input_ids: Tensor | None = None,
@@ -372,7 +374,7 @@ class CCModelForCausalLM:
         S W, read from the target prompt in one prefill; else, or with `connect=False`, generation is plain.
 
         Args:
-            input_ids, attention_mask: (B, T), padded on the left.
+            inputs, attention_mask: (B, T), padded on the left; `inputs` may be called input_ids, as in Hugging Face's.
             anchors: (B,) int64; None: the last prompt token.
             connect: whether to connect, or (B,) bool, which rows.
             languages: B names, each row's language or None; a transform with a matrix per language needs them.
@@ -381,18 +383,26 @@ class CCModelForCausalLM:
 
         Threads that share a model take turns: what acts in a prefill is kept in the model.
         """
+        kwargs["generation_config"] = generation_config
+        if (input_ids := kwargs.pop("input_ids", None)) is not None:
+            if inputs is not None:
+                raise ValueError("inputs and input_ids are two names for the prompts: give one of them")
+            inputs = input_ids
+        prompts = kwargs.get("inputs_embeds") if inputs is None else inputs
+        able = self.transform is not None or english_input_ids is not None
+        # Another model's assistant, which only drafts: it is asked over and over, with a cache of its own.
+        drafts = generation_config is not None and generation_config.is_assistant
         with self.one_generation:
-            able = self.transform is not None or english_input_ids is not None
-            # Another model's assistant, which only drafts: it is asked over and over, with a cache of its own.
-            drafts = getattr(kwargs.get("generation_config"), "is_assistant", None)
-            if not able or drafts or input_ids is None:
-                return super().generate(input_ids, attention_mask=attention_mask, **kwargs)
-            connected = connected_rows(input_ids.shape[0], connect, languages, exclude)
+            if not able or drafts or prompts is None:
+                return super().generate(inputs, attention_mask=attention_mask, **kwargs)
+            connected = connected_rows(prompts.shape[0], connect, languages, exclude)
             if not connected.any():
-                return super().generate(input_ids, attention_mask=attention_mask, **kwargs)
+                return super().generate(inputs, attention_mask=attention_mask, **kwargs)
+            if kwargs.get("inputs_embeds") is not None:
+                raise ValueError("the connection reads token ids: give inputs without inputs_embeds, or connect=False")
             english = (english_input_ids, english_attention_mask, english_anchors)
             return generate_connected(
-                self, super().generate, input_ids, attention_mask, anchors, english, connected, languages, **kwargs
+                self, super().generate, inputs, attention_mask, anchors, english, connected, languages, **kwargs
             )
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs: dict, *args, **kwargs) -> None:

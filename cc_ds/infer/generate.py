@@ -42,7 +42,7 @@ def generate_connected(
         english: input ids, attention mask (B, T_en) and anchors (B,); the first None: use the transform.
         connected: (B,) bool; the other rows are read as the stock model reads them.
         languages: B, for a transform with a matrix per language.
-        kwargs: Hugging Face's generation arguments.
+        kwargs: Hugging Face's generation arguments, generation_config (or None) among them.
 
     Raises:
         ValueError: right padding, an anchor outside the prompt or on padding, a cache handed in or switched off, a
@@ -51,7 +51,7 @@ def generate_connected(
     if kwargs.get("past_key_values") is not None:
         raise ValueError("connected generation fills the cache itself: leave past_key_values out")
     # As generate itself merges them: what is given, then the given config, then the model's.
-    settings, _ = model._prepare_generation_config(**({"generation_config": None} | kwargs))
+    settings, _ = model._prepare_generation_config(**kwargs)
     if settings.use_cache is False:
         raise ValueError("the connection acts in the prefill and lives on in its cache: pass use_cache=True")
     if settings.prefill_chunk_size is not None:

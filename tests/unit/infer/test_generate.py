@@ -103,6 +103,29 @@ def test_logits_equal_two_prefills_to_float64_precision():
     torch.testing.assert_close(result.logits[0][0].double(), logits[0, -1], atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("connect", [True, False])
+def test_prompts_are_named_as_in_hugging_faces_generate(connect):
+    model = cc_model()
+    model.set_transform(_transform())
+    ids, config = _prompts()[1][None], GenerationConfig(max_new_tokens=4, eos_token_id=None, pad_token_id=0)
+    expected = model.generate(input_ids=ids, generation_config=config, connect=connect)
+    assert torch.equal(model.generate(inputs=ids, generation_config=config, connect=connect), expected)
+    assert torch.equal(model.generate(ids, config, connect=connect), expected)
+    with pytest.raises(ValueError, match="two names for the prompts"):
+        model.generate(ids, config, input_ids=ids, connect=connect)
+
+
+@pytest.mark.parametrize("ids", [{}, {"inputs": _prompts()[1][None]}])
+def test_embeddings_are_refused_where_a_connection_would_act(ids):
+    model = cc_model()
+    embeds = model.get_input_embeddings()(_prompts()[1][None])
+    plain = model.generate(**ids, inputs_embeds=embeds, max_new_tokens=4)
+    model.set_transform(_transform())
+    with pytest.raises(ValueError, match="reads token ids"):
+        model.generate(**ids, inputs_embeds=embeds, max_new_tokens=4)
+    assert torch.equal(model.generate(**ids, inputs_embeds=embeds, max_new_tokens=4, connect=False), plain)
+
+
 def test_without_a_mask_padding_is_what_has_the_padding_token():
     model = cc_model(dtype=torch.float64)
     model.set_transform(_transform())
