@@ -71,6 +71,7 @@ class CCModelForCausalLM:
             raise ValueError(f"fuse_layer is {self.cc_config.fuse_layer}, but the model has layers 0 to {layers - 1}")
         self.decision_maker = DecisionMaker(config.hidden_size, layers, self.cc_config)
         self._init_weights(self.decision_maker)
+        self.gate_was_stored = False  # whether the weights came with a Decision Maker; else it is drawn
         self.trained_transform = TrainedTransform(config.hidden_size) if self.cc_config.transform_share else None
         self.transform: Transform | None = None
         self.hooks = Hooks(self, self.family)
@@ -120,6 +121,11 @@ class CCModelForCausalLM:
         )
         export.apply_connection(model, stored)
         return model
+
+    def _adjust_missing_and_unexpected_keys(self, loading_info) -> None:
+        # Where transformers knows which weights a checkpoint had; the authors' have the Decision Maker among them.
+        self.gate_was_stored = "decision_maker.weight" not in loading_info.missing_keys
+        super()._adjust_missing_and_unexpected_keys(loading_info)
 
     @classmethod
     def from_config(cls, config: PretrainedConfig, cc_config: CCConfig | None = None) -> CCModelForCausalLM:

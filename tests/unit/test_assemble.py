@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from unittest.mock import MagicMock
+
 import pytest
 import tiny_models
 import torch
 
 from cc_ds import CCModelForCausalLM
-from cc_ds.assemble import build_data, build_model
+from cc_ds.assemble import build_data, build_model, export_model
 from cc_ds.config import load_config
 from cc_ds.dist.group import Group
 
@@ -21,9 +24,12 @@ def test_what_tensor_parallelism_does_not_go_with(option, tmp_path):
         build_model(config, Group.alone())
 
 
+def words(folder, output, *options) -> list[str]:
+    return ["--model_name_or_path", str(folder), "--train_file", "rows.jsonl", "--output_dir", str(output), *options]
+
+
 def build(folder, output, *options):
-    words = ["--model_name_or_path", str(folder), "--train_file", "rows.jsonl", "--output_dir", str(output), *options]
-    return build_model(load_config(words), Group.alone())[0]
+    return build_model(load_config(words(folder, output, *options)), Group.alone())[0]
 
 
 @pytest.mark.parametrize("method", ["cc", "sft"])
@@ -50,6 +56,18 @@ def test_a_trained_matrix_starts_from_the_folders(tmp_path):
     model.save_pretrained(tmp_path)
     model = build(tmp_path, tmp_path, "--transform_share", "0.5")
     assert torch.equal(model.trained_transform.weight.T, matrix) and model.transform is None
+
+
+@pytest.mark.parametrize("method", ["cc", "sft"])
+def test_only_a_decision_maker_that_was_trained_is_exported(method, tmp_path):
+    tiny_models.cc_model().save_pretrained(tmp_path)
+    model = build(tmp_path, tmp_path, "--method", method)
+    trainer = SimpleNamespace(engine=SimpleNamespace(module=model), group=Group.alone())
+    trainer.train_config = load_config(words(tmp_path, tmp_path, "--method", method)).train
+    data = SimpleNamespace(tokenizer=MagicMock(pad_token_id=0), template=MagicMock(stop_token_ids=[2]))
+    export_model(trainer, data, tmp_path)  # over what was there
+    assert (tmp_path / "cc_connection.safetensors").exists() == (method == "cc")
+    assert CCModelForCausalLM.from_pretrained(tmp_path).gate_was_stored == (method == "cc")
 
 
 @pytest.mark.parametrize("step", [build_data, build_model])

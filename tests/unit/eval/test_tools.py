@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -116,6 +117,24 @@ def test_evaluate_asks_several_tasks_and_compare_sets_runs_beside_each_other(fit
     assert (compared / "compare.md").read_text(encoding="utf-8") == printed
     with pytest.raises(ValueError, match="--names has 1 labels for 2 runs"):
         compare_tool.main([str(tmp_path / "plain"), str(tmp_path / "transform"), "--names", "SFT"])
+
+
+def test_a_connection_needs_a_decision_maker_that_was_trained(model_folder, pairs_file, tmp_path, capsys):
+    bare = tmp_path / "bare"
+    shutil.copytree(model_folder, bare)
+    (bare / "cc_connection.safetensors").unlink()
+    ask = ["--model", str(bare), "--data", str(pairs_file), "--task", "numbers", "--max_new_tokens", "4"]
+    prompt = ("--prompt", "moja", "--english", "one")
+    for refused in (
+        lambda: fit(bare, pairs_file, tmp_path / "fitted"),
+        lambda: evaluate_tool.main([*ask, "--mode", "english"]),
+        lambda: generate(bare, *prompt),
+    ):
+        with pytest.raises(ValueError, match=r"bare stores no Decision Maker .*: tune the model .*--method cc"):
+            refused()
+    evaluate_tool.main([*ask, "--mode", "plain"])
+    generate(bare, *prompt[:2])
+    generate(model_folder, *prompt)
 
 
 def test_evaluate_names_the_languages_there_are(model_folder, pairs_file):
@@ -232,8 +251,6 @@ def test_mistakes_end_in_one_line_and_code_2(model_folder, pairs_file, tmp_path,
 
 
 def test_a_model_without_a_chat_template_is_told_so(model_folder, tmp_path):
-    import shutil
-
     bare = tmp_path / "bare"
     shutil.copytree(model_folder, bare)
     (bare / "chat_template.jinja").unlink()
