@@ -171,6 +171,7 @@ def export_model(trainer: Trainer, data: RunData, folder: Path) -> None:
     state_dict = full_state_dict(model, keep=trainer.group.is_main)
     with main_first(trainer.group, "saving the model"):
         if trainer.group.is_main:
+            state_dict = export.trained_connection(state_dict, trainer.train_config.method)
             model.save_pretrained(folder, state_dict=state_dict)
             data.tokenizer.save_pretrained(folder)
             log.info("saved the model in %s", folder)

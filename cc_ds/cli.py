@@ -60,6 +60,16 @@ def positive(text: str) -> int:
     return value
 
 
+def check_gate(model: CCModelForCausalLM, path: str) -> None:
+    """ValueError: the model at `path` came without a Decision Maker, so that what it has was drawn just now."""
+    if not model.gate_was_stored:
+        raise ValueError(
+            f"{path} stores no Decision Maker (cc_connection.safetensors), so the connection would pick layers at "
+            f"random: tune the model with cc_ds/train.py --method cc; without a connection, evaluate it with --mode "
+            f"plain and generate with --no_connection"
+        )
+
+
 def load_model(args: argparse.Namespace) -> tuple[CCModelForCausalLM, Any, Template]:
     """The model on its device in eval mode, its tokenizer and its template. ValueError: anything missing there."""
     import torch

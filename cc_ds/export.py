@@ -3,6 +3,8 @@
 config.json, model*.safetensors, ...   stock Hugging Face; loads in AutoModelForCausalLM
 cc_config.json                         CCConfig
 cc_connection.safetensors              decision_maker.weight (L, H); the transform when fitted (connection/transform.py)
+
+Plain SFT trains no connection and leaves no cc_connection.safetensors.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import copy
 import json
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -150,6 +153,7 @@ def apply_connection(model, stored: StoredConnection) -> None:
             )
         with gathered([weight], modify=True), torch.no_grad():
             weight.copy_(stored.decision_maker)
+        model.gate_was_stored = True
     if model.trained_transform is not None:
         weight = model.trained_transform.weight
         shared = stored.transform is not None and stored.transform.scope == "shared"
@@ -165,13 +169,16 @@ def apply_connection(model, stored: StoredConnection) -> None:
 def write_connection(
     folder: str | Path,
     cc_config: CCConfig,
-    decision_maker: Tensor,
+    decision_maker: Tensor | None,
     trained_transform: Tensor | None,
     transform: Transform | None,
 ) -> None:
-    """Write cc_config.json and cc_connection.safetensors; a transform that was fitted counts before a trained one."""
+    """Write cc_config.json and cc_connection.safetensors; a transform that was fitted counts before a trained one.
+
+    With neither a Decision Maker nor a transform there is no cc_connection.safetensors; one that was there is removed.
+    """
     folder = Path(folder)
-    tensors = {"decision_maker.weight": decision_maker.detach().cpu().contiguous()}
+    tensors = {} if decision_maker is None else {"decision_maker.weight": decision_maker.detach().cpu().contiguous()}
     metadata = {"format": "pt"}
     if transform is None and trained_transform is not None:
         transform = Transform([trained_transform.T])
@@ -179,8 +186,16 @@ def write_connection(
         fitted, described = transform.to_file()
         tensors |= fitted
         metadata |= described
-    save_file(tensors, folder / CONNECTION_FILE, metadata=metadata)
+    if tensors:
+        save_file(tensors, folder / CONNECTION_FILE, metadata=metadata)
+    else:
+        (folder / CONNECTION_FILE).unlink(missing_ok=True)
     (folder / CONFIG_FILE).write_text(json.dumps(asdict(cc_config), indent=2) + "\n", encoding="utf-8")
+
+
+def trained_connection(tensors: Mapping[str, Tensor], method: str) -> dict[str, Tensor]:
+    """`tensors` without the Decision Maker where plain SFT has left it untrained, or of other weights."""
+    return {name: tensor for name, tensor in tensors.items() if method != "sft" or name != CONNECTION_TENSORS[0]}
 
 
 def write_description(model, folder: str | Path) -> None:
@@ -214,6 +229,8 @@ def export_checkpoint(checkpoint: Path, folder: Path, max_shard_bytes: int) -> i
     Raises:
         ValueError: a checkpoint without its description or with damaged files, or a folder in use.
     """
+    from cc_ds.checkpoint import read_state  # which imports the model, which imports this file
+
     description = checkpoint / "model"
     if not (description / "config.json").is_file():
         raise ValueError(f"{checkpoint}: no model/config.json there; name a checkpoint-N folder of a run")
@@ -228,7 +245,8 @@ def export_checkpoint(checkpoint: Path, folder: Path, max_shard_bytes: int) -> i
 
     ours = {tensor.name: tensor.read().to(dtype) for tensor in tensors if tensor.name in CONNECTION_TENSORS}
     cc_config = from_dict(CCConfig, json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")), CONFIG_FILE)
-    write_connection(folder, cc_config, *map(ours.get, CONNECTION_TENSORS), None)
+    kept = trained_connection(ours, read_state(checkpoint)["trained"]["method"])
+    write_connection(folder, cc_config, *map(kept.get, CONNECTION_TENSORS), None)
     shards = _plan_shards([tensor for tensor in tensors if tensor.name not in ours], dtype.itemsize, max_shard_bytes)
     names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     names = ["model.safetensors"] if len(shards) == 1 else names

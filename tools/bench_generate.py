@@ -85,9 +85,8 @@ def measure(model: CCModelForCausalLM, batch: int, args: argparse.Namespace) -> 
 
     def generate(connect: bool) -> float:
         start = time.perf_counter()
-        model.generate(
-            prompts, torch.ones_like(prompts), connect=connect, max_new_tokens=args.new_tokens, do_sample=False
-        )
+        mask = torch.ones_like(prompts)
+        model.generate(prompts, attention_mask=mask, connect=connect, max_new_tokens=args.new_tokens, do_sample=False)
         if prompts.is_cuda:
             torch.cuda.synchronize()
         return time.perf_counter() - start

@@ -68,6 +68,8 @@ def main(argv: list[str] | None = None) -> None:
         tasks = [load(name, args) for name in args.task]
     model, tokenizer, template = cli.load_model(args)
     mode = args.mode or ("plain" if model.transform is None else "transform")
+    if mode != "plain":
+        cli.check_gate(model, args.model)
     for task in tasks:
         result = evaluate(
             model,

@@ -68,6 +68,7 @@ def fit(args: argparse.Namespace, rows: list[Row], group: Group) -> None:
     if group.world_size > 1 and args.device is None:
         args.device = str(group.device)
     model, tokenizer, template = cli.load_model(args)
+    cli.check_gate(model, args.model)
     names = ("num_pairs", "held_out", "ridge", "scope", "rank", "batch_size", "seed", "activations", "pairs_per_shard")
     options = FitOptions(**{name: getattr(args, name) for name in names})
     result = fit_model(model, tokenizer, template, rows, options, group)

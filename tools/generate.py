@@ -65,12 +65,14 @@ def main(argv: list[str] | None = None) -> None:
     # The first row before the model: a mistake in the input should not wait for minutes of loading.
     first = list(islice(pairs, args.batch_size * _BATCHES_PER_WRITE))
     model, tokenizer, template = cli.load_model(args)
+    with_english = args.english is not None or args.use_english
+    if with_english or (model.transform is not None and not args.no_connection):
+        cli.check_gate(model, args.model)
     import torch
 
     torch.manual_seed(args.seed)
     with open(args.output, "w", encoding="utf-8") if args.output else nullcontext(sys.stdout) as out:
         while first:
-            with_english = (args.english is not None or args.use_english) and not args.no_connection
             responses = respond(
                 model,
                 tokenizer,

@@ -75,6 +75,7 @@ def inspect_inference(args: argparse.Namespace) -> dict[str, Any]:
         rows += found
         tasks += [Path(file).stem] * len(found)
     model, tokenizer, template = cli.load_model(args)
+    cli.check_gate(model, args.model)
     english = None
     if all(row.prompt_en for row in rows):
         english = [template.render_prompt(row.prompt_en) for row in rows]

@@ -16,6 +16,7 @@ H hidden size.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -168,25 +169,20 @@ class Hooks:
         layers = layers_of(model, family)
         layers[0].register_forward_pre_hook(self._layer0_input, with_kwargs=True)
         for index, layer in enumerate(layers):
-            layer.mlp.register_forward_pre_hook(self._ffn_input(index))
-            ffn_of(layer, family).register_forward_hook(self._ffn_output(index))
+            # Bound methods, not closures: a copied model has hooks that know its own pass.
+            layer.mlp.register_forward_pre_hook(functools.partial(self._ffn_input, index))
+            ffn_of(layer, family).register_forward_hook(functools.partial(self._ffn_output, index))
 
     def _layer0_input(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if self.active is not None:
             self.active.on_layer0_input(args[0] if args else kwargs["hidden_states"])
 
-    def _ffn_input(self, layer: int):
-        def hook(module: nn.Module, args: tuple) -> tuple | None:
-            changed = None if self.active is None else self.active.on_ffn_input(layer, args[0])
-            return None if changed is None else (changed, *args[1:])
+    def _ffn_input(self, layer: int, module: nn.Module, args: tuple) -> tuple | None:
+        changed = None if self.active is None else self.active.on_ffn_input(layer, args[0])
+        return None if changed is None else (changed, *args[1:])
 
-        return hook
-
-    def _ffn_output(self, layer: int):
-        def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
-            return None if self.active is None else self.active.on_ffn_output(layer, output)
-
-        return hook
+    def _ffn_output(self, layer: int, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+        return None if self.active is None else self.active.on_ffn_output(layer, output)
 
     @contextmanager
     def during(self, current: Pass | None) -> Iterator[None]:

@@ -12,6 +12,7 @@ Shapes: B examples, T target positions, T_en English positions, L layers, H hidd
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, Cache, PretrainedConfig
+from transformers import AutoConfig, Cache, GenerationConfig, PretrainedConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import resolve_revision
@@ -71,9 +72,11 @@ class CCModelForCausalLM:
             raise ValueError(f"fuse_layer is {self.cc_config.fuse_layer}, but the model has layers 0 to {layers - 1}")
         self.decision_maker = DecisionMaker(config.hidden_size, layers, self.cc_config)
         self._init_weights(self.decision_maker)
+        self.gate_was_stored = False  # whether the weights came with a Decision Maker; else it is drawn
         self.trained_transform = TrainedTransform(config.hidden_size) if self.cc_config.transform_share else None
         self.transform: Transform | None = None
         self.hooks = Hooks(self, self.family)
+        self.one_generation = Lock()
         self.prefill_pass: FusePass | None = None
         self.prefill_cache: Cache | None = None
         self.labelled_loss = labelled_loss
@@ -124,6 +127,11 @@ class CCModelForCausalLM:
         model._weight_conversions = [entry for entry in model._weight_conversions if not _renames_text(entry)]
         export.apply_connection(model, stored)
         return model
+
+    def _adjust_missing_and_unexpected_keys(self, loading_info) -> None:
+        # Where transformers knows which weights a checkpoint had; the authors' have the Decision Maker among them.
+        self.gate_was_stored = "decision_maker.weight" not in loading_info.missing_keys
+        super()._adjust_missing_and_unexpected_keys(loading_info)
 
     @classmethod
     def from_config(cls, config: PretrainedConfig, cc_config: CCConfig | None = None) -> CCModelForCausalLM:
@@ -359,7 +367,9 @@ class CCModelForCausalLM:
 
     def generate(
         self,
-        input_ids: Tensor | None = None,
+        inputs: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *,
         attention_mask: Tensor | None = None,
         anchors: Tensor | None = None,
         english_input_ids: Tensor | None = None,
@@ -376,23 +386,36 @@ class CCModelForCausalLM:
         S W, read from the target prompt in one prefill; else, or with `connect=False`, generation is plain.
 
         Args:
-            input_ids, attention_mask: (B, T), padded on the left.
+            inputs, attention_mask: (B, T), padded on the left; `inputs` may be called input_ids, as in Hugging Face's.
             anchors: (B,) int64; None: the last prompt token.
             connect: whether to connect, or (B,) bool, which rows.
             languages: B names, each row's language or None; a transform with a matrix per language needs them.
             exclude: rows of these languages are read without the connection; by default, English.
             kwargs: Hugging Face's generation arguments.
+
+        Threads that share a model take turns: what acts in a prefill is kept in the model.
         """
+        kwargs["generation_config"] = generation_config
+        if (input_ids := kwargs.pop("input_ids", None)) is not None:
+            if inputs is not None:
+                raise ValueError("inputs and input_ids are two names for the prompts: give one of them")
+            inputs = input_ids
+        prompts = kwargs.get("inputs_embeds") if inputs is None else inputs
         able = self.transform is not None or english_input_ids is not None
-        if not able or input_ids is None:
-            return super().generate(input_ids, attention_mask=attention_mask, **kwargs)
-        connected = connected_rows(input_ids.shape[0], connect, languages, exclude)
-        if not connected.any():
-            return super().generate(input_ids, attention_mask=attention_mask, **kwargs)
-        english = (english_input_ids, english_attention_mask, english_anchors)
-        return generate_connected(
-            self, super().generate, input_ids, attention_mask, anchors, english, connected, languages, **kwargs
-        )
+        # Another model's assistant, which only drafts: it is asked over and over, with a cache of its own.
+        drafts = generation_config is not None and generation_config.is_assistant
+        with self.one_generation:
+            if not able or drafts or prompts is None:
+                return super().generate(inputs, attention_mask=attention_mask, **kwargs)
+            connected = connected_rows(prompts.shape[0], connect, languages, exclude)
+            if not connected.any():
+                return super().generate(inputs, attention_mask=attention_mask, **kwargs)
+            if kwargs.get("inputs_embeds") is not None:
+                raise ValueError("the connection reads token ids: give inputs without inputs_embeds, or connect=False")
+            english = (english_input_ids, english_attention_mask, english_anchors)
+            return generate_connected(
+                self, super().generate, inputs, attention_mask, anchors, english, connected, languages, **kwargs
+            )
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs: dict, *args, **kwargs) -> None:
         # Where transformers has just made the cache that a generation asked for (static, quantized ...).
@@ -400,6 +423,22 @@ class CCModelForCausalLM:
         if self.prefill_cache is not None:
             fill_cache(model_kwargs["past_key_values"], self.prefill_cache)
             self.prefill_cache = None
+
+
+class Lock:
+    """A reentrant lock that copies and pickles, as its owner does: the copy has a free one of its own."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *error) -> None:
+        self._lock.release()
+
+    def __reduce__(self) -> tuple:
+        return Lock, ()
 
 
 @functools.cache

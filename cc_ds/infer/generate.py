@@ -10,11 +10,11 @@ Shapes: B examples, T prompt positions, L layers, H hidden size.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache
+from transformers import Cache, DynamicCache, GenerationConfig
+from transformers.generation import GenerationMode
 
 # What a row of English is called; "en-GB" and "en_US" are English too.
 ENGLISH = ("en", "eng", "english")
@@ -37,37 +37,51 @@ def generate_connected(
     Args:
         model: a CCModelForCausalLM with a transform, or any when English prompts are given.
         plain_generate: the stock `generate` of the model.
-        input_ids, attention_mask: (B, T), padded on the left.
+        input_ids, attention_mask: (B, T), padded on the left; without a mask, padding is what has the padding token.
         anchors: (B,) int64 or None, the last prompt token.
         english: input ids, attention mask (B, T_en) and anchors (B,); the first None: use the transform.
         connected: (B,) bool; the other rows are read as the stock model reads them.
         languages: B, for a transform with a matrix per language.
-        kwargs: Hugging Face's generation arguments.
+        kwargs: Hugging Face's generation arguments, generation_config (or None) among them.
 
     Raises:
-        ValueError: right padding, an anchor outside the prompt or on padding, a cache handed in or switched off, or
-            a prefill in chunks.
+        ValueError: right padding, an anchor outside the prompt or on padding, a cache handed in or switched off, a
+            prefill in chunks, continuous batching, or a model that is its own assistant.
     """
     if kwargs.get("past_key_values") is not None:
         raise ValueError("connected generation fills the cache itself: leave past_key_values out")
-    if _setting(model, kwargs, "use_cache") is False:
-        raise ValueError("the connection acts in the prefill and lives on in its cache: leave use_cache on")
-    if _setting(model, kwargs, "prefill_chunk_size") is not None:
+    # As generate itself merges them: what is given, then the given config, then the model's.
+    settings, _ = model._prepare_generation_config(**kwargs)
+    if settings.use_cache is False:
+        raise ValueError("the connection acts in the prefill and lives on in its cache: pass use_cache=True")
+    if settings.prefill_chunk_size is not None:
         raise ValueError("connected generation reads a prompt in one piece: leave prefill_chunk_size out")
-    attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    if settings.cache_implementation == "paged":
+        raise ValueError("continuous batching does not go through the prefill that connects: leave paged out")
+    assistant = kwargs.get("assistant_model")
+    if settings.assistant_early_exit is not None or assistant is model:
+        raise ValueError(
+            "a connected model can't draft for itself: leave assistant_early_exit out, or name another assistant_model"
+        )
+    attention_mask = _mask(model, settings, input_ids) if attention_mask is None else attention_mask
     anchors = _checked_anchors(input_ids, attention_mask, anchors)
     connected = connected.to(input_ids.device)
     if english[0] is not None:
-        english_LBH, cache, start = _english_activations(model, english), None, 0
-        if english[1] is not None:
-            connected = connected & english[1].any(dim=1)
+        english_ids, english_mask, english_anchors = english
+        english_mask = _mask(model, settings, english_ids) if english_mask is None else english_mask
+        connected = connected & english_mask.any(dim=1)
+        english_mask = english_mask.clone()
+        english_mask[:, 0] |= (~english_mask.any(dim=1)).to(english_mask.dtype)
+        english_LBH, cache, start = model.anchor_activations(english_ids, english_mask, english_anchors), None, 0
     else:
         source_LBH, cache, start = _read_prompt(model, input_ids, attention_mask, anchors)
+        if settings.get_generation_mode(assistant) == GenerationMode.ASSISTED_GENERATION:
+            cache, start = None, 0  # it reads the whole prompt, whatever the cache holds
         if languages is not None:
             languages = [name if on else None for name, on in zip(languages, connected.tolist(), strict=True)]
         english_LBH = model.transform(source_LBH, languages)
     # Beams and several returned sequences: generate repeats the prompts, so what was read is repeated here.
-    repeats = max(_setting(model, kwargs, name) or 1 for name in ("num_beams", "num_return_sequences"))
+    repeats = max(settings.num_beams, settings.num_return_sequences)
     fuse = model.fuse_pass(
         english_LBH.repeat_interleave(repeats, dim=1),
         (anchors - start).repeat_interleave(repeats),
@@ -77,9 +91,9 @@ def generate_connected(
     if cache is not None:
         if repeats > 1:
             cache.batch_repeat_interleave(repeats)
-        if _setting(model, kwargs, "cache_implementation") in (None, "dynamic"):
+        if settings.cache_implementation is None:
             kwargs["past_key_values"], cache = cache, None
-    # A cache of another kind is made by generate itself, and then filled (CCModelForCausalLM).
+    # A cache that was asked for by its kind is made by generate itself, and then filled (CCModelForCausalLM).
     model.prefill_pass, model.prefill_cache = fuse, cache
     try:
         return plain_generate(input_ids, attention_mask=attention_mask, **kwargs)
@@ -131,12 +145,10 @@ def _read_prompt(model, input_ids, attention_mask, anchors) -> tuple[Tensor, Dyn
     return source_LBH, cache, start
 
 
-def _english_activations(model, english) -> Tensor:
-    input_ids, attention_mask, anchors = english
-    if attention_mask is not None:
-        attention_mask = attention_mask.clone()
-        attention_mask[:, 0] |= (~attention_mask.any(dim=1)).to(attention_mask.dtype)
-    return model.anchor_activations(input_ids, attention_mask, anchors)
+def _mask(model, settings: GenerationConfig, input_ids: Tensor) -> Tensor:
+    """(B, T) attention mask, as generate itself infers it: padding, unless the padding token ends answers too."""
+    model._prepare_special_tokens(settings, False, input_ids.device, batch_size=input_ids.shape[0])
+    return model._prepare_attention_mask_for_generation(input_ids, settings, {})
 
 
 def _checked_anchors(input_ids: Tensor, attention_mask: Tensor, anchors: Tensor | None) -> Tensor:
@@ -151,11 +163,3 @@ def _checked_anchors(input_ids: Tensor, attention_mask: Tensor, anchors: Tensor 
     if not bool(inside.all()) or not bool(attention_mask.gather(1, anchors[:, None]).all()):
         raise ValueError(f"anchors {anchors.tolist()} must be prompt positions in [0, {length}), none of them padding")
     return anchors
-
-
-def _setting(model, kwargs: dict[str, Any], name: str) -> Any:
-    """A generation argument: as given, else of the generation config."""
-    value = kwargs.get(name)
-    return (
-        value if value is not None else getattr(kwargs.get("generation_config") or model.generation_config, name, None)
-    )

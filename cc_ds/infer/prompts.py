@@ -93,10 +93,10 @@ def respond(
     With `english` (one prompt or None per row) the connection takes the real English prompt where there is one, and a
     row without it is read plain. Without `english` it takes the model's transform; with connect=False nothing.
     Rows whose language, in `languages`, is one of `exclude` are read without the connection in the same batch.
-    `generation` holds Hugging Face's arguments; decoding is greedy unless they say otherwise, and ends at the
-    template's stop tokens.
+    `generation` holds Hugging Face's arguments; decoding is greedy and cached unless they say otherwise, and ends at
+    the template's stop tokens.
     """
-    generation = {"do_sample": False, "num_beams": 1} | generation
+    generation = {"do_sample": False, "num_beams": 1, "use_cache": True} | generation
     responses: dict[int, Response] = {}
     with progress(len(prompts), "generating", "prompt") as bar:
         for rows, connected in _groups(prompts, english, connect, batch_size):

@@ -23,7 +23,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cc_ds.dist.group import Group
-from cc_ds.dist.zero import is_partitioned
+from cc_ds.dist.zero import gathered, is_partitioned
+from cc_ds.export import CONNECTION_TENSORS
 from cc_ds.infer.prompts import length_batches, pad_prompts, progress
 from cc_ds.transform.shards import holds, shard_path, write_shard
 
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from cc_ds.data.templates import RenderedPrompt
 
 _PLAN_FILE = "plan.safetensors"
+# Read of each weight to tell models apart; training moves nearly all of them.
+_VALUES_PER_WEIGHT = 4096
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,7 +84,8 @@ def collect_activations(
     model.eval()
     try:
         probe = anchor_activations(model, [ordered[0].target], pad_id)
-        pending = group.main_only(lambda: _pending(folder, shards, _digest(ordered, pairs_per_shard), probe))
+        digests = {"pairs": _pairs_digest(ordered, pairs_per_shard), "weights": _weights_digest(model)}
+        pending = group.main_only(lambda: _pending(folder, shards, digests, probe))
         mine = [shards[number] for number in pending[group.rank :: group.world_size]]
         forwards = sum(_forwards(shard, batch_size) for shard in mine)
         idle = max(group.gather(forwards)) - forwards if is_partitioned(model) else 0
@@ -123,17 +127,17 @@ def anchor_activations(
     return found
 
 
-def _pending(folder: Path, shards: Sequence[Sequence[PromptPair]], digest: str, probe: Tensor) -> list[int]:
+def _pending(folder: Path, shards: Sequence[Sequence[PromptPair]], digests: dict[str, str], probe: Tensor) -> list[int]:
     """Numbers of the shards that are still to be written, once the folder is known to be of this collection."""
     folder.mkdir(parents=True, exist_ok=True)
     plan = folder / _PLAN_FILE
     if plan.exists():
-        _check_plan(plan, digest, probe)
+        _check_plan(plan, digests, probe)
     elif any(folder.glob("pairs-*.safetensors")):
         raise ValueError(f"{folder} already holds activation shards, but no {_PLAN_FILE}; give an empty folder")
     else:
         partial = plan.with_suffix(".partial")
-        save_file({"probe": probe.contiguous()}, partial, metadata={"digest": digest})
+        save_file({"probe": probe.contiguous()}, partial, metadata=digests)
         partial.replace(plan)
     return [
         number
@@ -142,25 +146,40 @@ def _pending(folder: Path, shards: Sequence[Sequence[PromptPair]], digest: str, 
     ]
 
 
-def _check_plan(plan: Path, digest: str, probe: Tensor) -> None:
+def _check_plan(plan: Path, digests: dict[str, str], probe: Tensor) -> None:
     try:
         with safe_open(plan, framework="pt") as file:
-            same_pairs, before = (file.metadata() or {}).get("digest") == digest, file.get_tensor("probe")
+            metadata, before = file.metadata() or {}, file.get_tensor("probe")
     except SafetensorError as error:
         raise ValueError(f"{plan}: damaged ({error}); empty the folder and collect again") from error
-    if not same_pairs:
+    if metadata.get("pairs") != digests["pairs"]:
         raise ValueError(f"{plan.parent} already holds activations of other prompts; give another folder, or empty it")
-    # A prompt's activations, read again: any change of the weights that matters changes them. Tolerance: batches and
-    # kernels of other machines.
+    # Beside the weights, a prompt's activations, read again: a change of the config changes them. Tolerance: batches
+    # and kernels of other machines.
     tolerance = 1e-3 if probe.dtype in (torch.float32, torch.float64) else 5e-2
     distance = (before.double() - probe.double()).norm() if before.shape == probe.shape else float("inf")
-    if distance > tolerance * probe.double().norm():
+    if metadata.get("weights") != digests["weights"] or distance > tolerance * probe.double().norm():
         raise ValueError(f"{plan.parent} already holds activations of another model; give another folder, or empty it")
 
 
-def _digest(pairs: Sequence[PromptPair], pairs_per_shard: int) -> str:
+def _pairs_digest(pairs: Sequence[PromptPair], pairs_per_shard: int) -> str:
     plan = [(pair.pair_id, pair.lang, *_key(pair.source), *_key(pair.target)) for pair in pairs]
     return hashlib.sha256(json.dumps([pairs_per_shard, plan]).encode()).hexdigest()
+
+
+def _weights_digest(model: CCModelForCausalLM) -> str:
+    """Of evenly spaced values of every weight that the activations depend on; every rank must call it.
+
+    The same wherever the model's folder stands, and however the weights are partitioned.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if name in CONNECTION_TENSORS:
+            continue
+        with gathered([parameter]):
+            values = parameter.detach().flatten()[:: max(1, parameter.numel() // _VALUES_PER_WEIGHT)].double().cpu()
+            digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode() + values.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _key(prompt: RenderedPrompt) -> tuple:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from cc_ds.connection.transform import Transform
-from cc_ds.transform.solve import RidgePath, Solution, low_rank, ridge_path, solve
+from cc_ds.transform.solve import RidgePath, low_rank, ridge_path, solve
 from cc_ds.transform.statistics import Statistics
 
 logger = logging.getLogger(__name__)
@@ -93,7 +93,7 @@ def fit_transform_result(
     """`fit_transform` with what the problems looked like beside W.
 
     `scope`: shared, per_layer, or per_language with each pair's language in `langs`. `rank`: W as two factors of that
-    rank. The tensors stay where they are: give them on the GPU to fit there.
+    rank. The tensors stay where they are: give them on the GPU to fit there. W comes on the CPU.
     """
     check_activations(source, target)
     _, num_layers, hidden = source.shape
@@ -140,6 +140,8 @@ def fit_problems(
 ) -> FitResult:
     """Fit every problem, one in memory at a time: 4 H x H float64 matrices and the working space of the solver.
 
+    What stays is W, in `dtype`, on the CPU.
+
     `dtype`: of the rows, and of W. `group`: ranks (dist.group.Group) that each read rows of their own; every rank gets
     the result. ValueError: a ridge or rank out of range.
     """
@@ -147,26 +149,22 @@ def fit_problems(
         raise ValueError(f'ridge must be "auto" or a finite number >= 0, got {ridge}')
     if rank is not None and not 1 <= rank <= hidden_size:
         raise ValueError(f"the rank of W must be between 1 and {hidden_size}, the hidden size, got {rank}")
-    factors, solutions, paths, rows = [], [], [], []
-    for problem in problems:
-        solution, path, statistics = _fit(problem, hidden_size, ridge, dtype, device, group)
-        kept = (solution.matrix,) if rank is None else low_rank(statistics, solution.matrix, rank)
-        factors.append([factor.to(dtype) for factor in kept])
-        solutions.append(solution)
+    shapes = [(hidden_size, hidden_size)] if rank is None else [(hidden_size, rank), (rank, hidden_size)]
+    whole = [torch.empty(len(problems), *shape, dtype=dtype) for shape in shapes]
+    paths, numbers = [], []
+    for number, problem in enumerate(problems):
+        path, found = _fit(problem, [parts[number] for parts in whole], ridge, dtype, device, group)
         paths += [path] if path is not None else []
-        rows.append(statistics.rows)
-    whole = [torch.stack(parts) if scope != "shared" else parts[0] for parts in zip(*factors, strict=True)]
+        numbers.append(found)
+    if scope == "shared":
+        whole = [parts[0] for parts in whole]
     names = tuple(problem.name for problem in problems)
     result = FitResult(
         transform=Transform(whole, scope, names if scope == "per_language" else ()),
         problems=names,
-        rows=tuple(rows),
         hidden_size=hidden_size,
         paths=tuple(paths),
-        **{
-            name: tuple(getattr(solution, name) for solution in solutions)
-            for name in ("rank", "condition", "relative_error", "ridge")
-        },
+        **{name: tuple(found[name] for found in numbers) for name in numbers[0]},
     )
     if result.rank_deficient:
         logger.warning(_deficiency(result))
@@ -174,8 +172,15 @@ def fit_problems(
 
 
 def _fit(
-    problem: Problem, hidden_size: int, ridge: float | str, dtype: torch.dtype, device: torch.device | str, group
-) -> tuple[Solution, RidgePath | None, Statistics]:
+    problem: Problem,
+    factors: Sequence[Tensor],
+    ridge: float | str,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    group,
+) -> tuple[RidgePath | None, dict[str, float]]:
+    """Fill `factors` with W, or with two factors of it; how the ridge was chosen, and entries of a FitResult."""
+    hidden_size, rank = factors[0].shape
     # Float32 products first; where they are not exact enough, the rows are read again.
     for products in (dtype,) if dtype == torch.float64 else (torch.float32, torch.float64):
         train, choosing = (Statistics(hidden_size, products, device) for _ in range(2))
@@ -190,7 +195,11 @@ def _fit(
             break
     if ridge == "auto" and path is None:
         logger.warning("%s: too few English prompts to choose a ridge on some of them; fitted without", problem.name)
-    return solution, path, train
+    found = (solution.matrix,) if len(factors) == 1 else low_rank(train, solution.matrix, rank)
+    for factor, values in zip(factors, found, strict=True):
+        factor.copy_(values)
+    names = ("rank", "condition", "relative_error", "ridge")
+    return path, {"rows": train.rows} | {name: getattr(solution, name) for name in names}
 
 
 def _deficiency(result: FitResult) -> str:

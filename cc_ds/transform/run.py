@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from cc_ds.dist.group import Group
 from cc_ds.dist.patience import main_first
@@ -138,17 +139,20 @@ def _numbers(result: FitResult) -> dict[str, Any]:
         name: getattr(result, name)
         for name in ("problems", "rows", "hidden_size", "rank", "condition", "relative_error", "ridge")
     }
-    matrices = transform.matrix.double()
-    spectra = [
-        singular_values(matrix.T @ matrix).tolist() for matrix in (matrices if matrices.ndim == 3 else matrices[None])
-    ]
+    each = transform.factors if transform.scope != "shared" else [factor[None] for factor in transform.factors]
     return {
         "scope": transform.scope,
         "low_rank": transform.rank,
         **numbers,
         "ridge_paths": [asdict(path) for path in result.paths],
-        "singular_values": spectra,
+        "singular_values": [_spectrum(*factors) for factors in zip(*each, strict=True)],
     }
+
+
+def _spectrum(*factors: Tensor) -> list[float]:
+    """The singular values of one matrix, whole or as two factors; float64 copies are made of this one alone."""
+    matrix = factors[0].double() if len(factors) == 1 else factors[0].double() @ factors[1].double()
+    return singular_values(matrix.T @ matrix).tolist()
 
 
 def _judge(result: FitResult, folder: str | Path, fitted: Sequence[int], judged: Sequence[int]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import pytest
@@ -12,7 +13,14 @@ from datasets import Dataset, DatasetDict
 from transformers import GenerationConfig
 
 from cc_ds import CCModelForCausalLM
-from cc_ds.assemble import RunData, build_data, build_model, complete_generation_config, with_stored_connection
+from cc_ds.assemble import (
+    RunData,
+    build_data,
+    build_model,
+    complete_generation_config,
+    export_model,
+    with_stored_connection,
+)
 from cc_ds.config import CCConfig, load_config
 from cc_ds.demo.tiny import train_tokenizer
 from cc_ds.dist.group import Group
@@ -27,9 +35,12 @@ def test_what_tensor_parallelism_does_not_go_with(option, tmp_path):
         build_model(config, Group.alone())
 
 
+def words(folder, output, *options) -> list[str]:
+    return ["--model_name_or_path", str(folder), "--train_file", "rows.jsonl", "--output_dir", str(output), *options]
+
+
 def build(folder, output, *options):
-    words = ["--model_name_or_path", str(folder), "--train_file", "rows.jsonl", "--output_dir", str(output), *options]
-    return build_model(load_config(words), Group.alone())[0]
+    return build_model(load_config(words(folder, output, *options)), Group.alone())[0]
 
 
 @pytest.mark.parametrize("method", ["cc", "sft"])
@@ -61,9 +72,8 @@ def test_a_trained_matrix_starts_from_the_folders(tmp_path):
 def test_a_model_tuned_further_keeps_the_connection_it_was_trained_with(tmp_path):
     trained = {"fuse_layer": 1, "fuse_norm": "match", "gate": "soft", "temperature": 0.5}
     tiny_models.cc_model(**trained, english_grad=False).save_pretrained(tmp_path)
-    words = ["--model_name_or_path", str(tmp_path), "--train_file", "rows.jsonl", "--output_dir", str(tmp_path)]
-    words += ["--gate", "hard", "--english_dropout", "0.25"]
-    config = with_stored_connection(load_config(words), Group.alone())
+    given = load_config(words(tmp_path, tmp_path, "--gate", "hard", "--english_dropout", "0.25"))
+    config = with_stored_connection(given, Group.alone())
     assert config.cc == CCConfig(**trained | {"gate": "hard"}, english_dropout=0.25)
     assert build_model(config, Group.alone())[0].cc_config == config.cc
 
@@ -77,6 +87,18 @@ def test_a_generation_config_that_could_not_be_saved_again_is_mended_before_trai
     model.save_pretrained(tmp_path)
     written = GenerationConfig.from_pretrained(tmp_path)
     assert written.do_sample and written.temperature == 0.9 and written.eos_token_id == [2, 3]
+
+
+@pytest.mark.parametrize("method", ["cc", "sft"])
+def test_only_a_decision_maker_that_was_trained_is_exported(method, tmp_path):
+    tiny_models.cc_model().save_pretrained(tmp_path)
+    model = build(tmp_path, tmp_path, "--method", method)
+    trainer = SimpleNamespace(engine=SimpleNamespace(module=model), group=Group.alone())
+    trainer.train_config = load_config(words(tmp_path, tmp_path, "--method", method)).train
+    data = SimpleNamespace(tokenizer=MagicMock(pad_token_id=0), template=MagicMock(stop_token_ids=[2]))
+    export_model(trainer, data, tmp_path)  # over what was there
+    assert (tmp_path / "cc_connection.safetensors").exists() == (method == "cc")
+    assert CCModelForCausalLM.from_pretrained(tmp_path).gate_was_stored == (method == "cc")
 
 
 @pytest.mark.parametrize("step", [build_data, build_model])

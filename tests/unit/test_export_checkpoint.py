@@ -18,13 +18,16 @@ from cc_ds.export import export_checkpoint
 SHAPES = {"model.a": (7, 5), "model.b": (3,), "decision_maker.weight": (2, 5), "model.c": (4, 9), "model.d": (1,)}
 
 
-def zero3_checkpoint(folder: Path, weights: dict[str, torch.Tensor], ranks: int, frozen=(), buffers=None) -> Path:
+def zero3_checkpoint(
+    folder: Path, weights: dict[str, torch.Tensor], ranks: int, frozen=(), buffers=None, method="cc"
+) -> Path:
     """As DeepSpeed lays it out: each parameter cut into equal slices, the last one padded; flat groups of any size."""
     engine = folder / "engine"
     (folder / "model").mkdir(parents=True)
     engine.mkdir()
     (folder / "model/config.json").write_text(json.dumps({"dtype": "bfloat16"}))
     (folder / "model/cc_config.json").write_text("{}")
+    (folder / "trainer_state.json").write_text(json.dumps({"trained": {"method": method}}))
     sizes = {name: math.ceil(weight.numel() / ranks) for name, weight in weights.items()}
 
     def part(name: str, rank: int) -> torch.Tensor:
@@ -72,10 +75,19 @@ def test_slices_are_joined(tmp_path, ranks, frozen):
     assert all(torch.equal(loaded[name], weights[name].bfloat16()) for name in weights)
 
 
+def test_plain_sft_leaves_no_decision_maker(tmp_path):
+    checkpoint = zero3_checkpoint(tmp_path / "in", some_weights(), 2, ("decision_maker.weight",), method="sft")
+    (tmp_path / "out").mkdir()
+    export_checkpoint(checkpoint, tmp_path / "out", 10**9)
+    assert set(load_file(tmp_path / "out/model.safetensors")) == SHAPES.keys() - {"decision_maker.weight"}
+    assert not (tmp_path / "out/cc_connection.safetensors").exists()
+
+
 def test_tied_weights_are_written_once(tmp_path):
     (tmp_path / "in/engine").mkdir(parents=True)
     zero3_checkpoint(tmp_path / "other", some_weights(), 1)
-    (tmp_path / "other/model").rename(tmp_path / "in/model")
+    for name in ("model", "trainer_state.json"):
+        (tmp_path / "other" / name).rename(tmp_path / "in" / name)
     table = torch.randn(5, 4)
     module = {"model.embed.weight": table, "lm_head.weight": table, "decision_maker.weight": torch.randn(2, 4)}
     torch.save({"module": module}, tmp_path / "in/engine/mp_rank_00_model_states.pt")

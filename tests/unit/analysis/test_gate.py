@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny_models import HIDDEN, LAYERS, VOCAB, cc_model
 
+from cc_ds import CCModelForCausalLM
 from cc_ds.analysis.inference import gate_choices, principal_components, shares
 from cc_ds.analysis.training import gate_history
 from cc_ds.connection.transform import Transform
@@ -98,6 +99,9 @@ def test_the_tool_draws_everything(tmp_path, capsys, caplog):
     sizes = dict(hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=24)
     save_tiny(tiny_llama(len(tokenizer), 0, **sizes), tokenizer, model)
     out = tmp_path / "out"
+    with pytest.raises(ValueError, match="stores no Decision Maker"):
+        tool.main(["--model", str(model), "--data", str(data), "--output", str(out), "--device", "cpu"])
+    CCModelForCausalLM.from_pretrained(model).save_pretrained(model)
     tool.main(["--run", str(run), "--model", str(model), "--data", str(data), "--output", str(out), "--device", "cpu"])
     assert "numbers.jsonl:9: the prompt is empty" in caplog.text
     numbers = json.loads((out / "gate.json").read_text(encoding="utf-8"))

@@ -164,6 +164,20 @@ def test_a_transform_that_was_trained_is_saved_and_trained_on(tmp_path):
     assert torch.equal(CCModelForCausalLM.from_pretrained(tmp_path / "fitted").transform.matrix, 2 * matrix)
 
 
+def test_a_model_knows_whether_its_decision_maker_was_stored(tmp_path):
+    model = cc_model()
+    model.save_pretrained(tmp_path / "ours")
+    stock_twin(model).save_pretrained(tmp_path / "stock")
+    stock_twin(model).save_pretrained(tmp_path / "authors")
+    path = tmp_path / "authors/model.safetensors"  # where it stands among the other weights
+    authors = load_file(path) | {"model.source_select.weight": model.decision_maker.weight.detach()}
+    save_file(authors, path, metadata={"format": "pt"})
+    for name, stored in (("ours", True), ("stock", False), ("authors", True)):
+        loaded = CCModelForCausalLM.from_pretrained(tmp_path / name)
+        assert loaded.gate_was_stored == stored
+        assert torch.equal(loaded.decision_maker.weight, model.decision_maker.weight) == stored
+
+
 def test_a_plain_model_gets_a_decision_maker_as_hf_initialises_a_linear(tmp_path):
     stock_twin(cc_model()).save_pretrained(tmp_path)
     torch.manual_seed(0)

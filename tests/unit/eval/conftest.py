@@ -51,6 +51,8 @@ def model_folder(tmp_path_factory) -> Path:
             if parameter.ndim > 1:
                 parameter.mul_(20)  # at the initial scale every prompt would get the same answer
     save_tiny(model, tokenizer, folder)
+    torch.manual_seed(0)
+    CCModelForCausalLM.from_pretrained(folder).save_pretrained(folder)  # with a Decision Maker
     return folder
 
 

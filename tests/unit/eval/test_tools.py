@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -118,6 +119,24 @@ def test_evaluate_asks_several_tasks_and_compare_sets_runs_beside_each_other(fit
         compare_tool.main([str(tmp_path / "plain"), str(tmp_path / "transform"), "--names", "SFT"])
 
 
+def test_a_connection_needs_a_decision_maker_that_was_trained(model_folder, pairs_file, tmp_path, capsys):
+    bare = tmp_path / "bare"
+    shutil.copytree(model_folder, bare)
+    (bare / "cc_connection.safetensors").unlink()
+    ask = ["--model", str(bare), "--data", str(pairs_file), "--task", "numbers", "--max_new_tokens", "4"]
+    prompt = ("--prompt", "moja", "--english", "one")
+    for refused in (
+        lambda: fit(bare, pairs_file, tmp_path / "fitted"),
+        lambda: evaluate_tool.main([*ask, "--mode", "english"]),
+        lambda: generate(bare, *prompt),
+    ):
+        with pytest.raises(ValueError, match=r"bare stores no Decision Maker .*: tune the model .*--method cc"):
+            refused()
+    evaluate_tool.main([*ask, "--mode", "plain"])
+    generate(bare, *prompt[:2])
+    generate(model_folder, *prompt)
+
+
 def test_evaluate_names_the_languages_there_are(model_folder, pairs_file):
     with pytest.raises(ValueError, match="no rows in fr; there are de, sw"):
         evaluate_tool.main(["--model", str(model_folder), "--data", str(pairs_file), "--langs", "fr", "sw"])
@@ -176,6 +195,18 @@ def test_evaluate_excludes_what_it_is_told(model_folder, pairs_file, tmp_path):
     assert answers["plain"] == answers["excluded"] != answers["deployed"]
 
 
+def test_a_model_whose_config_switches_the_cache_off_is_asked_with_one(fitted, capsys):
+    capsys.readouterr()
+    generate(fitted, "--prompt", "q")
+    expected = capsys.readouterr().out
+    (fitted / "generation_config.json").unlink()
+    config = json.loads((fitted / "config.json").read_text(encoding="utf-8"))
+    (fitted / "config.json").write_text(json.dumps(config | {"use_cache": False}), encoding="utf-8")
+    assert CCModelForCausalLM.from_pretrained(fitted).generation_config.use_cache is False
+    generate(fitted, "--prompt", "q")
+    assert capsys.readouterr().out == expected
+
+
 def test_generate_samples_by_seed(fitted, pairs_file, tmp_path):
     said = []
     for seed in (1, 1, 2):
@@ -220,8 +251,6 @@ def test_mistakes_end_in_one_line_and_code_2(model_folder, pairs_file, tmp_path,
 
 
 def test_a_model_without_a_chat_template_is_told_so(model_folder, tmp_path):
-    import shutil
-
     bare = tmp_path / "bare"
     shutil.copytree(model_folder, bare)
     (bare / "chat_template.jinja").unlink()

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from reference.two_pass import connected_logits, ffn_outputs
 from tiny_models import HIDDEN, LAYERS, VOCAB, cc_model, stock_twin
 from tokenizers import Tokenizer, decoders, models
-from transformers import PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from cc_ds.connection.transform import Transform
 from cc_ds.models.arch import FAMILIES, layers_of
@@ -99,6 +103,50 @@ def test_logits_equal_two_prefills_to_float64_precision():
     torch.testing.assert_close(result.logits[0][0].double(), logits[0, -1], atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("connect", [True, False])
+def test_prompts_are_named_as_in_hugging_faces_generate(connect):
+    model = cc_model()
+    model.set_transform(_transform())
+    ids, config = _prompts()[1][None], GenerationConfig(max_new_tokens=4, eos_token_id=None, pad_token_id=0)
+    expected = model.generate(input_ids=ids, generation_config=config, connect=connect)
+    assert torch.equal(model.generate(inputs=ids, generation_config=config, connect=connect), expected)
+    assert torch.equal(model.generate(ids, config, connect=connect), expected)
+    with pytest.raises(ValueError, match="two names for the prompts"):
+        model.generate(ids, config, input_ids=ids, connect=connect)
+
+
+@pytest.mark.parametrize("ids", [{}, {"inputs": _prompts()[1][None]}])
+def test_embeddings_are_refused_where_a_connection_would_act(ids):
+    model = cc_model()
+    embeds = model.get_input_embeddings()(_prompts()[1][None])
+    plain = model.generate(**ids, inputs_embeds=embeds, max_new_tokens=4)
+    model.set_transform(_transform())
+    with pytest.raises(ValueError, match="reads token ids"):
+        model.generate(**ids, inputs_embeds=embeds, max_new_tokens=4)
+    assert torch.equal(model.generate(**ids, inputs_embeds=embeds, max_new_tokens=4, connect=False), plain)
+
+
+def test_without_a_mask_padding_is_what_has_the_padding_token():
+    model = cc_model(dtype=torch.float64)
+    model.set_transform(_transform())
+    data, english = _left_padded(_prompts()), _left_padded(_prompts()[::-1])
+    english = {f"english_{name}": value for name, value in english.items()}
+    right = {"english_input_ids": torch.nn.functional.pad(_prompts()[3][None], (0, 3)).repeat(4, 1)}
+    for more in ({}, english):
+        unmasked = {name: value for name, value in (data | more).items() if "mask" not in name}
+        assert torch.equal(_generate(model, unmasked), _generate(model, data | more))
+    unpadded = {"english_input_ids": _prompts()[3][None].repeat(4, 1)}
+    assert torch.equal(_generate(model, data | right), _generate(model, data | unpadded))
+    with pytest.raises(ValueError, match="padded on the left"):
+        _generate(model, {"input_ids": data["input_ids"].flip(1)})
+    with pytest.raises(ValueError, match="none of them padding"):
+        _generate(model, {"input_ids": data["input_ids"]}, anchors=torch.zeros(4, dtype=torch.long))
+    model.generation_config.pad_token_id = model.generation_config.eos_token_id = 0  # then it is a token like others
+    settings = {"max_new_tokens": 1, "do_sample": False}
+    whole = model.generate(data["input_ids"], attention_mask=torch.ones_like(data["input_ids"]), **settings)
+    assert torch.equal(model.generate(data["input_ids"], **settings), whole)
+
+
 def test_real_english_prompts_as_the_upper_bound():
     model = cc_model(dtype=torch.float64)
     prompts, english = _prompts()[:2], _prompts()[2:]
@@ -158,6 +206,7 @@ WAYS = {
     "greedy": {},
     "beams": {"num_beams": 3, "num_return_sequences": 2},
     "sampling": {"do_sample": True, "temperature": 1.5, "num_return_sequences": 2},
+    "dynamic": {"cache_implementation": "dynamic"},
     "static": {"cache_implementation": "static", "disable_compile": True},
     "static beams": {"cache_implementation": "static", "disable_compile": True, "num_beams": 2},
 }
@@ -178,6 +227,69 @@ def test_every_way_to_decode_equals_two_prefills(family, way):
     assert not torch.equal(ours, model.generate(**_left_padded(prompts), connect=False, **arguments))
 
 
+@pytest.mark.parametrize("own", [{"num_beams": 3}, {"cache_implementation": "static", "disable_compile": True}])
+def test_what_a_given_config_leaves_open_is_the_models(own):
+    model = cc_model(dtype=torch.float64)
+    model.set_transform(_transform())
+    data, settings = _left_padded(_prompts()[:3]), {"max_new_tokens": 5, "eos_token_id": None, "pad_token_id": 0}
+    expected = model.generate(**data, **settings, **own)
+    for name, value in own.items():
+        setattr(model.generation_config, name, value)
+    model.generation_config.eos_token_id = None
+    assert torch.equal(model.generate(**data, generation_config=GenerationConfig(**settings)), expected)
+
+
+def test_a_cache_that_the_models_config_switches_off_is_refused_or_switched_on():
+    model = cc_model()
+    model.set_transform(_transform())
+    data = _left_padded(_prompts())
+    expected = _generate(model, data)
+    model.generation_config.use_cache = False
+    with pytest.raises(ValueError, match="pass use_cache=True"):
+        model.generate(**data, generation_config=GenerationConfig(max_new_tokens=3))
+    assert torch.equal(_generate(model, data, use_cache=True), expected)
+
+
+def _assisted(model) -> dict[str, dict]:
+    with_transform = cc_model(seed=1, dtype=torch.float64)
+    with_transform.set_transform(_transform())
+    return {
+        "prompt lookup": {"prompt_lookup_num_tokens": 3},
+        "another model": {"assistant_model": cc_model(seed=1, dtype=torch.float64)},
+        "the same weights": {"assistant_model": stock_twin(model)},
+        "one with a transform": {"assistant_model": with_transform},
+    }
+
+
+@pytest.mark.parametrize("way", _assisted(cc_model()))
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_assisted_decoding_is_greedy_decoding(family, way):
+    model = cc_model(family, dtype=torch.float64)
+    model.set_transform(_transform())
+    settings = _assisted(model)[way]
+    english = {"english_input_ids": _prompts()[0][None]}
+    for prompt in _prompts()[1:3]:
+        data = {"input_ids": torch.cat([prompt, prompt])[None]}  # twice, so that there is something to look up
+        for more in ({}, {"anchors": torch.tensor([0])}, {"anchors": torch.tensor([4])}, english, {"connect": False}):
+            assert torch.equal(_generate(model, data, **more, **settings), _generate(model, data, **more)), more
+
+
+def test_what_reads_the_prompt_in_its_own_way_is_refused():
+    model = cc_model()
+    model.set_transform(_transform())
+    data = {"input_ids": _prompts()[0][None]}
+    for bad, message in (
+        ({"cache_implementation": "paged"}, "leave paged out"),
+        ({"assistant_early_exit": 1}, "leave assistant_early_exit out"),
+        ({"assistant_model": model}, "name another assistant_model"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            _generate(model, data, **bad)
+    assert torch.equal(
+        _generate(model, data, connect=False, assistant_model=model), _generate(model, data, connect=False)
+    )
+
+
 def test_rows_in_excluded_languages_are_the_stock_models_in_the_same_batch():
     model = cc_model(dtype=torch.float64)
     model.set_transform(_transform())
@@ -192,8 +304,8 @@ def test_rows_in_excluded_languages_are_the_stock_models_in_the_same_batch():
         found = _generate(model, data, **options)
         expected = torch.where(torch.tensor(on)[:, None], connected, plain)
         assert torch.equal(found, expected), options
-    for bad in ({"use_cache": False}, {"prefill_chunk_size": 4}):
-        with pytest.raises(ValueError, match="leave"):
+    for bad, message in (({"use_cache": False}, "pass use_cache=True"), ({"prefill_chunk_size": 4}, "leave")):
+        with pytest.raises(ValueError, match=message):
             _generate(model, data, **bad)
     for bad in ({"languages": ["sw"]}, {"connect": torch.tensor([True, False])}):
         with pytest.raises(ValueError, match="4"):
@@ -255,6 +367,29 @@ def test_stop_strings():
     stop = tokenizer.decode(tokens[1:3])
     stopped = _generate(model, {"input_ids": prompt[None]}, stop_strings=[stop], tokenizer=tokenizer)[0].tolist()
     assert stopped == tokens[:3] != tokens
+
+
+def test_threads_that_share_a_model_take_turns():
+    model = cc_model()
+    model.set_transform(_transform())
+    asked = [
+        ({"input_ids": prompt[None]}, {"connect": connect}) for prompt in _prompts()[:3] for connect in (True, False)
+    ]
+    expected = [_generate(model, data, **more) for data, more in asked]
+    with ThreadPoolExecutor(4) as pool:
+        found = pool.map(lambda job: _generate(model, job[0], **job[1]), asked * 20)
+        assert all(torch.equal(tokens, own) for tokens, own in zip(found, expected * 20, strict=True))
+
+
+def test_a_copied_model_connects_by_itself():
+    model = cc_model(dtype=torch.float64)
+    model.set_transform(_transform())
+    data = _left_padded(_prompts())
+    twin = copy.deepcopy(model)
+    assert torch.equal(_generate(twin, data), _generate(model, data))
+    with twin.one_generation, ThreadPoolExecutor(1) as pool:  # the other's is free
+        pool.submit(_generate, model, data).result(timeout=60)
+    assert pickle.loads(pickle.dumps(model.one_generation)) is not model.one_generation
 
 
 def test_generation_leaves_nothing_behind():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 
 import pytest
@@ -183,6 +184,21 @@ def test_refuses_what_it_could_mix_up(model, tmp_path):
     (tmp_path / "plan.safetensors").unlink()
     with pytest.raises(ValueError, match="already holds activation shards"):
         collect_activations(model, pairs, tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_goes_on_with_the_same_weights_alone(model, tmp_path, dtype):
+    pairs, weights = some_pairs(4), copy.deepcopy(model).to(dtype)
+    collect_activations(weights, pairs, tmp_path / "activations")
+    weights.save_pretrained(tmp_path / "elsewhere")
+    again = CCModelForCausalLM.from_pretrained(tmp_path / "elsewhere", torch_dtype=dtype)
+    with torch.no_grad():
+        again.decision_maker.weight.zero_()  # the activations are without a connection
+        assert collect_activations(again, pairs, tmp_path / "activations") == 0
+        weight = again.model.layers[1].mlp.up_proj.weight
+        weight.mul_(1.01)  # within what other kernels may change in bf16
+    with pytest.raises(ValueError, match="of another model"):
+        collect_activations(again, pairs, tmp_path / "activations")
 
 
 @pytest.mark.parametrize("scope", ["shared", "per_layer", "per_language"])

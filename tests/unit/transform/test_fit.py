@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 import math
+import weakref
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from cc_ds.transform import fit, fit_transform, fit_transform_result, statistics
+from cc_ds.transform import fit, fit_transform, fit_transform_result, run, statistics
 
 GOLDEN = Path(__file__).parents[4] / "shared" / "golden" / "matrix"
 
@@ -22,6 +24,38 @@ def pairs(n: int, layers: int, hidden: int, dtype=torch.float64, seed: int = 0):
     truth = torch.randn(hidden, hidden, generator=generator, dtype=torch.float64)
     noise = 0.1 * torch.randn(n, layers, hidden, generator=generator, dtype=torch.float64)
     return source.to(dtype), (source @ truth + noise).to(dtype)
+
+
+class Sizes(TorchDispatchMode):
+    """The most elements of a tensor that is made."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and not function.is_view:
+            self.largest = max(self.largest, result.numel())
+        return result
+
+
+@pytest.mark.parametrize("rank", [None, 3])
+def test_one_problems_matrices_are_in_memory_at_a_time(rank, monkeypatch):
+    solve, solved, alive = fit.solve, [], []
+
+    def counting(*args):
+        alive.append(sum(matrix() is not None for matrix in solved))
+        solution = solve(*args)
+        solved.append(weakref.ref(solution.matrix))
+        return solution
+
+    monkeypatch.setattr(fit, "solve", counting)
+    result = fit_transform_result(*pairs(20, 5, 8), scope="per_layer", rank=rank)
+    assert alive == [0] * 5
+    with Sizes() as sizes:
+        spectra = run._numbers(result)["singular_values"]
+    assert sizes.largest == 64
+    expected = torch.linalg.svdvals(result.transform.matrix)
+    torch.testing.assert_close(torch.tensor(spectra, dtype=torch.float64), expected, atol=1e-6, rtol=0)
 
 
 @pytest.mark.skipif(not GOLDEN.is_dir(), reason="the golden matrices (../shared/golden/matrix) are not here")
