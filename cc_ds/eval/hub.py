@@ -132,6 +132,7 @@ def load_benchmark(name: str, langs: Iterable[str] | None = None, hub_dir: str |
                     lang=lang,
                     prompt_en=_turn(_wording(name, "en").format(**twin.fields)) if twin else None,
                     where=where,
+                    item=str(item.key) if SOURCES[name].parallel else "",
                     options=options_of(prompt, options),
                 )
             )

@@ -79,7 +79,7 @@ class EvalResult:
     tokens_out: int
     """Tokens generated over all answers, stop tokens included."""
     answers: list[dict[str, Any]] = field(repr=False)
-    """Per row: id, lang, prompt, answers, response, tokens_in, tokens_out, scores; in the order of the rows."""
+    """Per row: id, item, lang, prompt, answers, response, tokens_in, tokens_out, scores; in the order of the rows."""
 
 
 def evaluate(
@@ -177,6 +177,7 @@ def score(task: Task, answers: Sequence[Answer], *, mode: str, seed: int = 0) ->
     scored = [
         {
             "id": row.id,
+            "item": row.item or row.id,
             "lang": row.lang,
             "prompt": row.prompt[-1]["content"],
             "answers": list(row.answers),
@@ -211,9 +212,10 @@ def score(task: Task, answers: Sequence[Answer], *, mode: str, seed: int = 0) ->
 def _score(groups: Mapping[str, list[dict]], task: Task, seed: int) -> Score:
     """Mean over groups of each group's mean."""
     metrics = {}
+    items = {lang: [answer["item"] for answer in group] for lang, group in groups.items()}
     for name in task.rules:
         values = {lang: [answer["scores"][name] for answer in group] for lang, group in groups.items()}
-        low, high = bootstrap_interval(values, seed)
+        low, high = bootstrap_interval(values, seed, items=items)
         mean = sum(sum(group) / len(group) for group in values.values()) / len(values)
         metrics[name] = Metric(mean=mean, low=low, high=high)
     rows = [answer for group in groups.values() for answer in group]

@@ -66,6 +66,7 @@ def test_xnli(tmp_path):
     assert first.options == {"1": "Inajumuisha", "2": "Kuegemea upande wowote", "3": "Kupingana"}
     assert first.prompt_en[0]["content"].startswith("Premise: p1\nHypothesis: h1\n")
     assert second.prompt_en is None, "another label: not the same item"
+    assert first.item == english.item != second.item
     assert second.where == f"{tmp_path}/facebook/xnli (sw), row 2"
 
 
@@ -126,6 +127,7 @@ def test_xquad(tmp_path):
     repository(tmp_path, "google/xquad", "validation", rows)
     (row,) = load("XQuAD", tmp_path, "zh")
     assert row.prompt[0]["content"].endswith("上下文： c\n问题： 二\n\n您的答案：") and row.answers == ("x", "y")
+    assert row.item == "2"
     assert row.prompt_en[0]["content"].endswith("Question: two\n\nYour answer:")
 
 
@@ -154,7 +156,7 @@ def test_xlsum_has_no_english_twin(tmp_path):
     repository(tmp_path, "csebuetnlp/xlsum", "test", {"swahili": [row]})
     (found,) = load("XLSum", tmp_path, "sw")
     assert found.prompt[0]["content"].endswith("moja.\nHabari\nndefu {kabisa}")
-    assert found.answers == ("fupi",) and found.prompt_en is None
+    assert found.answers == ("fupi",) and found.prompt_en is None and not found.item
 
 
 def test_what_cannot_be_loaded_is_said(tmp_path):

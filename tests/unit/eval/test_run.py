@@ -202,8 +202,8 @@ def test_length_batches_cover_everything_once_longest_first():
 
 def scored() -> object:
     rows = [
-        EvalRow(prompt=turn(f"q{n}"), answers=("Moja",), lang=lang, prompt_en=None, where="")
-        for n, lang in enumerate(("sw", "sw", "sw", "sw", "de"))
+        EvalRow(prompt=turn(f"q{n}"), answers=("Moja",), lang=lang, prompt_en=None, where="", item=item)
+        for n, (lang, item) in enumerate((("sw", "a"), ("sw", "b"), ("sw", ""), ("sw", ""), ("de", "")))
     ]
     said = ["moja.", "ni moja", "", "mbili", "moja"]
     answers = [Answer(text=text, tokens_in=10, tokens_out=2, seconds=0.4) for text in said]
@@ -239,6 +239,7 @@ def test_table_json_and_figure(tmp_path):
     assert content["model"] == "m" and content["macro"]["metrics"]["exact_match"]["mean"] == 0.625
     assert content["answers"][1]["response"] == "ni moja" and content["languages"]["sw"]["empty"] == 1
     assert content["answers"][1]["scores"] == {"exact_match": 0, "inclusion": 1}
+    assert [answer["item"] for answer in content["answers"]] == ["a", "b", *(a["id"] for a in content["answers"][2:])]
     assert [file.name for file in path.parent.iterdir()] == ["result.json"]
     plot_languages(result, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 1000

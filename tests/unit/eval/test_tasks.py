@@ -50,6 +50,24 @@ def test_folder_does_not_guess_where_rows_are_not_parallel(tmp_path, spoiled):
     assert english == [None, [{"role": "user", "content": "its own"}] if spoiled == "own" else None, None]
 
 
+def test_rows_of_one_item_share_its_name(tmp_path):
+    write(tmp_path / "en.jsonl", [{"prompt": f"q{i}", "answer": "x"} for i in range(3)])
+    write(tmp_path / "sw.jsonl", [{"prompt": f"s{i}", "answer": "x"} for i in range(3)])
+    paired = [row.item for row in load_task("paired", tmp_path).rows]
+    assert paired[:3] == paired[3:] and len(set(paired)) == 3
+    # In one file, in another order, one row without English.
+    rows = [{"prompt": f"s{i}", "prompt_en": f"q{i}", "answer": "x", "lang": "sw"} for i in (2, 0)]
+    rows.append({"prompt": "s1", "answer": "x", "lang": "sw"})
+    mixed = [row.item for row in load_task("mixed", write(tmp_path / "mixed.jsonl", rows)).rows]
+    assert mixed[:2] == [paired[2], paired[0]] and mixed[2] not in paired
+    # Without any English: by place.
+    (tmp_path / "en.jsonl").unlink()
+    (tmp_path / "mixed.jsonl").unlink()
+    write(tmp_path / "yo.jsonl", [{"prompt": f"y{i}", "answer": "x"} for i in range(3)])
+    placed = [row.item for row in load_task("placed", tmp_path).rows]
+    assert placed[:3] == placed[3:] and len(set(placed)) == 3
+
+
 def test_atlas_is_the_demo_test_split():
     from cc_ds.demo.atlas import build_atlas
 
