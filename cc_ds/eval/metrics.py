@@ -14,6 +14,11 @@ from dataclasses import dataclass, field
 
 from cc_ds.eval.text import answer_words, normalise, words
 
+# Latin letters with and without diacritics, and combining marks: what a key of a multiple choice may not touch.
+_LATIN = r"A-Za-z\u00c0-\u024f\u1e00-\u1eff\u0300-\u036f"
+# "A" before a small letter is an article (English, Portuguese) unless the word is "is" in a language of the benchmarks.
+_IS = {"is", "was", "es", "é", "adalah", "ni"}
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reference:
@@ -89,27 +94,51 @@ METRICS: dict[str, Callable[[str, Reference], float]] = {
 def chosen_option(response: str, options: Mapping[str, str]) -> str | None:
     """The key of the option that a response names, or None where it names none.
 
-    The first of these that is found: a key that opens the response and is all of it, or is followed by punctuation or
-    a line break; a key in brackets; a key that stands alone (an "A" before a small letter is an article); a key that
-    opens the response; the text of an option, where the response holds exactly one. Digits of every script count.
+    The first of these that is found: the text of one option, as the whole response; a key that opens the response and
+    is all of it, or is followed by punctuation or a line break; a key in brackets; a key that stands alone; a key that
+    opens the response; the text of an option, where the response holds exactly one (and maybe parts of it). An "A" that
+    is an article is no key, nor is what touches a letter, a hyphen and a letter ("D-dimer") or a sign of arithmetic.
+    Digits of every script count.
     """
     if not options:
         return None
+    if key := _option_said(response, options):
+        return key
     text = _ascii_digits(unicodedata.normalize("NFKC", response).strip())
     # The longest first: none of "1" where "10" is meant.
     keys = "|".join(re.escape(key) for key in sorted(options, key=len, reverse=True))
-    opening = rf"[\W_]*({keys})"
+    opening = rf"^[\W_]*({keys})"
+    goes_on = rf"[{_LATIN}\d]|[.,]\d|[-'’][{_LATIN}]|\s*[+=<>^]"
     for pattern, flags in (
-        (rf"^{opening}\s*(?:$|\n|[^\w\s.,]|[.,](?!\d))", re.IGNORECASE),
+        (rf"{opening}(?!{goes_on})\s*(?:$|\n|[^\w\s])", re.IGNORECASE),
         (rf"\(\s*({keys})\s*\)", 0),
-        (rf"(?<![A-Za-z\d])(?<!\d[.,])(?!A\s+[a-z])({keys})(?![A-Za-z\d]|[.,]\d)", 0),
-        (rf"^{opening}(?![A-Za-z\d]|[.,]\d)", 0),
+        (rf"(?<![{_LATIN}\d])(?<!\d[.,])({keys})(?!{goes_on})", 0),
+        (rf"{opening}(?!{goes_on})", 0),
     ):
-        if match := re.search(pattern, text, flags):
-            return next(key for key in options if key.casefold() == match.group(1).casefold())
+        for match in re.finditer(pattern, text, flags):
+            if not _is_article(match.group(1), text[match.end(1) :]):
+                return next(key for key in options if key.casefold() == match.group(1).casefold())
     said = normalise(response)
-    named = [key for key, option in options.items() if _stands_in(normalise(option), said)]
-    return named[0] if len(named) == 1 else None
+    named = {key: text for key, option in options.items() if _stands_in(text := normalise(option), said)}
+    # "both level and edge" names that option, and not "edge" or "level".
+    whole = [key for key, text in named.items() if all(text == other or text not in other for other in named.values())]
+    return whole[0] if len(whole) == 1 else None
+
+
+def _option_said(response: str, options: Mapping[str, str]) -> str | None:
+    """The key of the one option whose text is the whole response, as it is written or else normalised."""
+    if normalise(response) in {key.casefold() for key in options}:
+        return None
+    for form in (lambda text: text.strip().rstrip("."), normalise):
+        said = [key for key, option in options.items() if form(option) == form(response) != ""]
+        if len(said) == 1:
+            return said[0]
+    return None
+
+
+def _is_article(key: str, rest: str) -> bool:
+    following = re.match(r"\s+(\w+)", rest)
+    return key == "A" and bool(following) and following[1][0].islower() and following[1] not in _IS
 
 
 def _ascii_digits(text: str) -> str:

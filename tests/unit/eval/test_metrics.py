@@ -135,6 +135,41 @@ def test_chosen_letter(response, key):
     assert chosen_option(response, MMMLU) == key
 
 
+LIGHT = {"A": "Dímeros de timina", "B": "d+3=9", "C": "A lua, vista da Terra", "D": "A direct leak", "E": "leak"}
+
+
+@pytest.mark.parametrize(
+    ("response", "key"),
+    [
+        ("Dímeros de timina", "A"),
+        ("d+3=9", "B"),
+        ("A lua, vista da Terra.", "C"),
+        ("A direct leak", "D"),
+        ("It is a direct leak", "D"),
+        ("A única opção correta é C", "C"),
+        ("A última", None),
+        ("Dímeros", None),
+        ("Bẹ́ẹ̀ni, D", "D"),
+        ("B\u0300 ni", None),  # a letter with a combining mark
+        ("A é a correta", "A"),
+        ("A ni jibu sahihi", "A"),
+        ("A+B", "B"),
+        ("B'de", None),
+        ("D-dimer", None),
+        ("D - leak", "D"),
+        ("E", "E"),
+    ],
+)
+def test_a_key_is_no_letter_of_a_word_and_an_options_own_text_names_it(response, key):
+    assert chosen_option(response, LIGHT) == key
+
+
+def test_an_options_text_as_it_is_written_comes_before_what_it_is_normalised_to():
+    options = {"A": "(0, 1)", "B": "[0, 1]", "C": "i", "D": "-i"}
+    assert [chosen_option(text, options) for text in ("(0, 1)", "[0, 1]", "i.", "-i", "0, 1")] == [*"ABCD", None]
+    assert chosen_option("C", {"A": "L", "B": "C", "C": "R"}) == "C", "a key is a key"
+
+
 def test_choice_and_no_options():
     assert metrics.choice("(2)", Reference(answers=("2",), options=XNLI)) == 1
     assert metrics.choice("(1)", Reference(answers=("2",), options=XNLI)) == 0

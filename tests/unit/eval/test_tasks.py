@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from cc_ds.eval.benchmarks import BENCHMARKS
+from cc_ds.eval.metrics import chosen_option
 from cc_ds.eval.tasks import load_task
 
 SHARED = Path(__file__).parents[4] / "shared" / "data" / "benchmarks"
@@ -96,6 +97,28 @@ def test_benchmark_folders(name, count):
             assert task.score(row, f"({key}) {row.options[key]}")["accuracy"] == 1, row
             other = next(option for option in row.options if option != key)
             assert task.score(row, f"{other}. {row.options[other]}")["accuracy"] == 0, row
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the benchmarks (../shared/data/benchmarks) are not here")
+@pytest.mark.parametrize("name", ["MMMLU", "XNLI", "XStoryCloze"])
+def test_every_option_is_named_by_its_text_and_by_its_key(name):
+    forms = (
+        "{}",
+        "({})",
+        "{}.",
+        "**{}**",
+        "The answer is {}.",
+        "A única opção correta é {}",
+        "Bẹ́ẹ̀ni, {}",
+        "정답은 {}입니다",
+    )
+    for row in load_task(name, SHARED / name).rows:
+        texts = list(row.options.values())
+        for key, text in row.options.items():
+            for form in forms:
+                assert chosen_option(form.format(key), row.options) == key, (form, row)
+            if texts.count(text) == 1 and text not in row.options:
+                assert chosen_option(text, row.options) == key == chosen_option(f"{text}.", row.options), row
 
 
 def test_a_benchmark_brings_its_rules_and_checks_its_answers(tmp_path):
