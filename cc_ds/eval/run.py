@@ -115,7 +115,9 @@ def evaluate(
     known = {}
     if journal is not None:
         template_settings = {"chat_template": template.chat_template, "stops": sorted(template.stop_token_ids)}
-        known = journal.open(settings | template_settings, group)
+        # One view for all ranks, who deal the rows by it: a file system may show them different files.
+        for found in group.gather(journal.open(settings | template_settings, group)):
+            known |= found
     rows = {row.id: row for row in task.rows}  # the same question twice is asked once
     open_rows = [row for key, row in rows.items() if key not in known]
     mine = _longest_first(open_rows, template, mode)[group.rank :: group.world_size]

@@ -277,6 +277,18 @@ def test_two_ranks_share_the_rows_and_find_what_one_finds(model, tokenizer, temp
     assert own[0] | own[1] == {answer["id"]: answer["response"] for answer in whole.answers}
 
 
+def test_ranks_that_see_different_files_deal_the_rows_alike(model, tokenizer, template, rows, tmp_path):
+    """The other rank has found six answers that this one does not see (another node, a file system's cache)."""
+    theirs = {row.id: Answer(text="known", tokens_in=1, tokens_out=1, seconds=0.0) for row in rows[:6]}
+    group = rank_of_two(0, theirs)
+    Journal(tmp_path, "m").open({}, Group.alone())
+    order = sorted(rows[6:], key=lambda row: -len(template.render_prompt(row.prompt).ids))
+    gathered = iter([theirs, {row.id: theirs[rows[0].id] for row in order[1::2]}])
+    type(group).gather = lambda self, value: [value, next(gathered)]
+    result = run(model, tokenizer, template, rows, "plain", group=group, journal=Journal(tmp_path, "m"))
+    assert responses(result)[:6] == ["known"] * 6 and len(set(responses(result)[6:])) > 1
+
+
 def test_a_killed_run_goes_on(model, tokenizer, template, rows, tmp_path, monkeypatch):
     whole = run(model, tokenizer, template, rows, "plain")
     monkeypatch.setattr("cc_ds.eval.run._BATCHES_BETWEEN_WRITES", 1)
