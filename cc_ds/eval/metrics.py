@@ -12,9 +12,9 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from cc_ds.eval.text import answer_words, normalise, words
+from cc_ds.eval.text import answer_words, ascii_digits, normalise, words, yes_or_no
 
-# Latin letters with and without diacritics, and combining marks: what a key of a multiple choice may not touch.
+# Latin letters with and without diacritics, and combining marks: what a key or a short answer may not touch.
 _LATIN = r"A-Za-z\u00c0-\u024f\u1e00-\u1eff\u0300-\u036f"
 # "A" before a small letter is an article (English, Portuguese) unless the word is "is" in a language of the benchmarks.
 _IS = {"is", "was", "es", "é", "adalah", "ni"}
@@ -42,11 +42,17 @@ def inclusion(response: str, reference: Reference) -> float:
     """1 where one of the normalised accepted answers stands inside the normalised response.
 
     Affixes are allowed (Korean particles, Turkish and Swahili endings), as words are not split by spaces everywhere;
-    but a number or a single Latin letter must not touch another letter or digit ("3" is not in "1937", nor "b" in
-    "berlin").
+    but a number or a Latin word of up to three letters must not touch another Latin letter or digit ("3" is not in
+    "1937", nor "b" in "berlin"). Where an answer is "yes" or "no", in English or the language, it is right where the
+    response says that before the other (text.py, `yes_or_no`).
     """
-    said = normalise(response)
-    return float(any(_stands_in(normalise(answer), said) for answer in reference.answers))
+    said, lang = normalise(response), reference.lang
+    for answer in reference.answers:
+        meaning = yes_or_no(answer, lang, whole=True)
+        right = yes_or_no(response, lang) == meaning if meaning else _stands_in(normalise(answer), said)
+        if right:
+            return 1.0
+    return 0.0
 
 
 def squad_em(response: str, reference: Reference) -> float:
@@ -67,7 +73,8 @@ def f1(response: str, reference: Reference) -> float:
 def rouge_l(response: str, reference: Reference) -> float:
     """ROUGE-L: F1 of the longest common subsequence of `words`, against the best of the answers; no stemming.
 
-    In Latin script without diacritics it equals Google's rouge_score with use_stemmer=False.
+    In Latin script without diacritics it equals Google's rouge_score with use_stemmer=False, whatever stands between
+    the words.
     """
     said = words(response)
     return max(
@@ -104,7 +111,7 @@ def chosen_option(response: str, options: Mapping[str, str]) -> str | None:
         return None
     if key := _option_said(response, options):
         return key
-    text = _ascii_digits(unicodedata.normalize("NFKC", response).strip())
+    text = ascii_digits(unicodedata.normalize("NFKC", response).strip())
     # The longest first: none of "1" where "10" is meant.
     keys = "|".join(re.escape(key) for key in sorted(options, key=len, reverse=True))
     opening = rf"^[\W_]*({keys})"
@@ -141,15 +148,11 @@ def _is_article(key: str, rest: str) -> bool:
     return key == "A" and bool(following) and following[1][0].islower() and following[1] not in _IS
 
 
-def _ascii_digits(text: str) -> str:
-    return "".join(str(unicodedata.digit(char)) if char.isdecimal() else char for char in text)
-
-
 def _stands_in(answer: str, text: str) -> bool:
     if not answer:
         return False
-    if re.fullmatch(r"[a-z]|-?\d+(\D\d+)*", answer):
-        return re.search(rf"(?<![a-z\d])(?<!\d[.,]){re.escape(answer)}(?![a-z\d]|[.,]\d)", text) is not None
+    if re.fullmatch(rf"[{_LATIN}]{{1,3}}|-?\d+(\D\d+)*", answer):
+        return re.search(rf"(?<![{_LATIN}\d])(?<!\d[.,]){re.escape(answer)}(?![{_LATIN}\d]|[.,]\d)", text) is not None
     return answer in text
 
 

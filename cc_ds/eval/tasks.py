@@ -40,7 +40,7 @@ class Task:
     rules: Mapping[str, str]
     """Name of a score -> the metric that gives it (metrics.py); the first is the headline."""
     spell_out: bool = False
-    """Whether numbers and dates are accepted in any usual spelling."""
+    """Whether numbers, dates, yes and no are accepted in any usual spelling."""
     max_new_tokens: int = 64
     """Tokens that a response may have unless the user says otherwise."""
 

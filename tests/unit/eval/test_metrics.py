@@ -38,6 +38,17 @@ def test_inclusion_allows_affixes_but_not_parts_of_numbers():
     assert not score("inclusion", "1.5 km", "5")
     assert score("inclusion", "3 km", "3")
     assert not score("inclusion", "", "a")
+    assert score("inclusion", "الإجابة ٣", "3", lang="ar") and not score("inclusion", "१९३७", "3", lang="hi")
+    assert score("inclusion", "made in the USA.", "USA") and not score("inclusion", "a sofa", "of")
+    assert not score("inclusion", "Bẹ́ẹ̀ni", "b") and not score("inclusion", "época", "poc")
+    assert score("inclusion", "USA는", "usa")
+
+
+def test_yes_and_no_are_what_is_said_first_and_not_letters_of_a_word():
+    assert score("inclusion", "Nein.", "no", lang="de") and not score("inclusion", "Ja.", "no", lang="de")
+    assert not score("inclusion", "I don't know", "no") and not score("inclusion", "Yes, there is no other", "no")
+    assert score("inclusion", "是的", "yes", lang="zh") and not score("inclusion", "不是", "yes", lang="zh")
+    assert not score("inclusion", "Нет, никогда", "yes", "да", lang="ru")
 
 
 @pytest.mark.parametrize(
@@ -85,7 +96,13 @@ def test_rouge_l_equals_googles():
     draw = random.Random(0)
     for _ in range(50):
         response, answer = (
-            " ".join(draw.choices(["a", "B,", "cat", "dog.", "e-mail", "it's"], k=draw.randint(1, 12))) for _ in "ab"
+            " ".join(
+                draw.choices(
+                    ["a", "B,", "cat", "dog.", "e-mail", "it's", "£3.5m", "$20", "1,000", "a_b+c", "%"],
+                    k=draw.randint(1, 12),
+                )
+            )
+            for _ in "ab"
         )
         assert score("rouge_l", response, answer) == pytest.approx(google.score(answer, response)["rougeL"].fmeasure)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cc_ds.eval.benchmarks import BENCHMARKS
+from cc_ds.eval.benchmarks import BENCHMARKS, resource_level
 from cc_ds.eval.metrics import chosen_option
 from cc_ds.eval.tasks import load_task
 
@@ -136,8 +136,18 @@ def test_mkqa_accepts_numbers_and_dates_as_people_write_them(tmp_path):
         assert task.score(task.rows[0], said)["accuracy"] == 1
     assert task.score(task.rows[0], "25 episodes") == {"accuracy": 1, "squad_em": 1, "f1": 1}
     assert task.score(task.rows[0], "1961")["accuracy"] == 0
+    german = load_task("MKQA", write(tmp_path / "de.jsonl", [{"prompt": "q", "answer": ["no"]}]))
+    assert german.score(german.rows[0], "Nein.") == {"accuracy": 1, "squad_em": 1, "f1": 1}
     plain = load_task("mine", tmp_path / "en.jsonl")
     assert plain.score(plain.rows[0], "25 episodes")["inclusion"] == 0
+
+
+def test_resource_levels():
+    assert [resource_level(code) for code in ("pt-BR", "zh_Hans_CN", "EN", "sw-KE", "und")] == [
+        *["high"] * 3,
+        "low",
+        "low",
+    ]
 
 
 def test_languages_and_metrics_are_chosen(tmp_path):
