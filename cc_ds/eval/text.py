@@ -28,8 +28,8 @@ _UNSPACED = [
     (0xF900, 0xFAFF),
     (0x20000, 0x3FFFF),
 ]
-_SEPARATORS = {0x066B: ".", 0x066C: ","}
 _STARTS = [first for first, _ in _UNSPACED]
+_SEPARATORS = {0x066B: ".", 0x066C: ","}  # Arabic's
 
 # As MLQA (Lewis et al. 2020) drops them (ar, de, en, es, vi; zh and hi have none), and MKQA for fr and pt.
 _ARTICLES = {

@@ -159,6 +159,45 @@ def test_xlsum_has_no_english_twin(tmp_path):
     assert found.answers == ("fupi",) and found.prompt_en is None and not found.item
 
 
+SUMMARY = {"id": "1", "url": "u", "title": "Habari", "summary": "fupi", "text": "ndefu"}
+
+
+def test_a_loading_script_gives_way_to_the_hubs_own_conversion(monkeypatch):
+    calls = []
+
+    def load_dataset(path, name=None, **more):
+        calls.append((path, name, more))
+        if "revision" not in more:
+            raise RuntimeError("Dataset scripts are no longer supported, but found xlsum.py")
+        return [SUMMARY]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    (row,) = load("XLSum", None, "sw")
+    assert row.answers == ("fupi",) and row.where == "csebuetnlp/xlsum (swahili), row 1"
+    files = {"data_files": {"test": "swahili/test/*.parquet"}, "revision": "refs/convert/parquet"}
+    assert calls == [
+        ("csebuetnlp/xlsum", "swahili", {"split": "test"}),
+        ("csebuetnlp/xlsum", None, {"split": "test", **files}),
+    ]
+
+
+def test_a_copied_loading_script_is_told_the_branch_and_a_copy_of_that_is_read(tmp_path):
+    folder = tmp_path / "csebuetnlp" / "xlsum"
+    folder.mkdir(parents=True)
+    (folder / "xlsum.py").write_text("", encoding="utf-8")
+    with pytest.raises(
+        ValueError, match=r"Dataset scripts are no longer supported.*\(--hub_dir\).*refs/convert/parquet"
+    ):
+        load("XLSum", tmp_path, "sw")
+    (folder / "xlsum.py").unlink()
+    for config in ("swahili", "turkish"):
+        (folder / config / "test").mkdir(parents=True)
+        row = SUMMARY | {"title": config}
+        datasets.Dataset.from_list([row]).to_parquet(folder / config / "test" / "0000.parquet")
+    (row,) = load("XLSum", tmp_path, "sw")
+    assert "\nswahili\n" in row.prompt[0]["content"]
+
+
 def test_what_cannot_be_loaded_is_said(tmp_path):
     with pytest.raises(ValueError, match=r"XNLI: cannot load 'en', split 'test', of the data set .*--hub_dir"):
         load("XNLI", tmp_path, "sw")
