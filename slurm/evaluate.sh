@@ -2,8 +2,8 @@
 # Ask a model the questions of tasks, rows shared by one rank per GPU; scores and answers go to OUTPUT_DIR/TASK.json.
 #     sbatch --export=ALL,MODEL=outputs/8b-with-transform,TASK="XNLI MKQA" slurm/evaluate.sh
 #     sbatch --export=ALL,MODEL=outputs/8b-with-transform,TASK=mine,DATA=data/test.jsonl slurm/evaluate.sh --mode transform
-# What follows the script's name goes to tools/evaluate.py. A job that ended early goes on when it is submitted again, or
-# requeued by SLURM: what was answered is kept in OUTPUT_DIR/TASK.answers.
+# What follows the script's name goes to tools/evaluate.py. Each mode needs an OUTPUT_DIR of its own. A job that ended
+# early goes on when it is submitted again, or requeued by SLURM: what was answered is kept in OUTPUT_DIR/TASK.answers.
 #SBATCH --job-name=cc-evaluate
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8

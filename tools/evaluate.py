@@ -11,12 +11,14 @@ Modes: plain (no connection), transform (as deployed: rows in English are read w
 (connected to the real English prompt: the upper bound). The default is transform where the model has one, else plain.
 
 Under --output_dir, TASK.json holds scores and every answer, TASK.txt the table, TASK.png the figure, and TASK.answers
-what was answered so far: a run that was killed goes on there. Ranks of torchrun or srun share the rows.
+what was answered so far: a run that was killed goes on there. Another mode or model needs a folder of its own. Ranks of
+torchrun or srun share the rows.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections import Counter
@@ -70,6 +72,10 @@ def main(argv: list[str] | None = None) -> None:
     mode = args.mode or ("plain" if model.transform is None else "transform")
     if mode != "plain":
         cli.check_gate(model, args.model)
+    fingerprint = None
+    if args.output_dir:
+        group.main_only(lambda: check_results(tasks, args, mode))
+        fingerprint = group.main_only(lambda: model_fingerprint(args.model))
     for task in tasks:
         result = evaluate(
             model,
@@ -82,9 +88,7 @@ def main(argv: list[str] | None = None) -> None:
             seed=args.seed,
             group=group,
             exclude=args.exclude,
-            journal=Journal(args.output_dir / f"{task.name}.answers", model_fingerprint(args.model))
-            if args.output_dir
-            else None,
+            journal=Journal(args.output_dir / f"{task.name}.answers", fingerprint) if fingerprint else None,
         )
         if group.is_main:
             report(result, args, group.world_size)
@@ -101,6 +105,20 @@ def load(name: str, args: argparse.Namespace) -> Task:
         if args.limit is None or taken[row.lang] <= args.limit:
             rows.append(row)
     return replace(task, rows=rows)
+
+
+def check_results(tasks: list[Task], args: argparse.Namespace, mode: str) -> None:
+    """ValueError: --output_dir holds a result of one of the tasks in another mode, or of another model."""
+    for task in tasks:
+        file = args.output_dir / f"{task.name}.json"
+        if not file.exists():
+            continue
+        found = json.loads(file.read_text(encoding="utf-8"))
+        if found["mode"] != mode or Path(found["model"]).absolute() != Path(args.model).absolute():
+            raise ValueError(
+                f"{file} is the result of mode {found['mode']} of {found['model']}, and this run's is of mode {mode} "
+                f"of {args.model}: name another --output_dir, or remove the file"
+            )
 
 
 def report(result: EvalResult, args: argparse.Namespace, ranks: int) -> None:

@@ -5,7 +5,8 @@
 
 --run reads a run's metrics.jsonl: heat maps of layer against step and the gate's entropy. --model and --data run the
 gate on prompts: heat maps by language and by file (a file is a task), and the activations of one layer in the plane of
-their principal components; E where the rows carry English prompts. Figures are png; the numbers go to gate.json.
+their principal components; E where the rows carry English prompts. Rows in English are left out, as inference reads
+them without the connection. Figures are png; the numbers go to gate.json.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from cc_ds.analysis.inference import GateChoices, gate_choices, principal_compon
 from cc_ds.analysis.training import gate_history
 from cc_ds.data.pairs import Row, read_rows
 from cc_ds.eval.run import write_json
+from cc_ds.infer.generate import ENGLISH, is_language
 from cc_ds.infer.prompts import pad_token_id
 
 
@@ -32,6 +34,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = cli.tool_parser(__doc__, model_required=False)
     parser.add_argument("--run", type=Path, help="output_dir of a training run, or its metrics.jsonl")
     parser.add_argument("--data", nargs="+", help="file(s) of prompts for --model")
+    parser.add_argument(
+        "--exclude", nargs="*", default=list(ENGLISH), help="languages whose rows are left out (default: English)"
+    )
     parser.add_argument("--layer", type=int, help="whose activations are drawn (default: the one chosen most)")
     parser.add_argument("--limit", type=cli.positive, default=200, help="rows read of each file (default 200)")
     parser.add_argument("--output", required=True, type=Path, help="folder for the figures and gate.json")
@@ -64,16 +69,18 @@ def inspect_inference(args: argparse.Namespace) -> dict[str, Any]:
     """Figures of the gate's choices by language and task on these prompts; the same numbers, for gate.json.
 
     Raises:
-        ValueError: a layer that the model does not have.
+        ValueError: a layer that the model does not have, or no rows but excluded ones.
     """
     rows: list[Row] = []
     tasks: list[str] = []
     for file in args.data:
         found, summary = read_rows([file], require_response=False)
         cli.report_rows(summary)
-        found = found[: args.limit]
+        found = [row for row in found if not is_language(row.lang, args.exclude)][: args.limit]
         rows += found
         tasks += [Path(file).stem] * len(found)
+    if not rows:
+        raise ValueError(f"{', '.join(args.data)}: every row is in a language of --exclude ({', '.join(args.exclude)})")
     model, tokenizer, template = cli.load_model(args)
     cli.check_gate(model, args.model)
     english = None

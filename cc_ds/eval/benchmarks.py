@@ -3,7 +3,8 @@
 Accuracy is, by benchmark:
     XNLI, XStoryCloze, MMMLU    choice: the option that the response names is the right one
     XQuAD                       inclusion: the answer stands in the response, after normalisation
-    MKQA                        inclusion of any accepted answer or alias, numbers and dates in any usual spelling
+    MKQA                        inclusion of any accepted answer or alias; numbers and dates in any usual spelling, yes
+                                and no in the language
 The authors score free text, and published no script: a generated sentence that holds the answer is right, as people
 who ask chat models count it. Beside it, for people who know these two benchmarks from extractive models: `squad_em` and
 `f1`, exact match and overlap of words after SQuAD's and MLQA's normalisation. XLSum is scored by ROUGE-L.
@@ -19,8 +20,8 @@ HIGH_RESOURCE = frozenset({"en", "de", "es", "fr", "it", "ja", "nl", "pl", "pt",
 
 
 def resource_level(lang: str) -> str:
-    """ "high" or "low"; see HIGH_RESOURCE."""
-    return "high" if lang in HIGH_RESOURCE else "low"
+    """ "high" or "low", whatever region or script the code adds ("pt-BR"); see HIGH_RESOURCE."""
+    return "high" if lang.replace("_", "-").split("-")[0].lower() in HIGH_RESOURCE else "low"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,7 +35,7 @@ class Benchmark:
     options: str = ""
     """Keys of a multiple choice, in order."""
     spell_out: bool = False
-    """Whether numbers and dates are accepted in any usual spelling (text.py, `spellings`)."""
+    """Whether numbers, dates, yes and no are accepted in any usual spelling (text.py, `spellings`)."""
     max_new_tokens: int = 40
     """As in the authors' inference script."""
 

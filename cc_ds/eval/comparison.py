@@ -3,7 +3,7 @@
 Runs come as the json files that tools/evaluate.py writes, or folders of them; those of one task are compared on the
 rows that all of them answered (EvalRow.id). A line of the table is a language, then the high- and low-resource averages
 and the average of all. Marks: * for p < 0.05, ** for p < 0.01, each line by itself (statistics.py, `compare`); with
-twenty languages one mark is expected by chance.
+twenty languages one mark is expected by chance. Averages count the translations of one item as one (EvalRow.item).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import csv
 import json
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,8 @@ class Run:
     """Name of a score -> its metric."""
     scores: dict[tuple[str, str, int], dict[str, float]]
     """(language, row id, how many with this id came before) -> the row's scores by name."""
+    items: dict[tuple[str, str, int], str]
+    """The same keys -> the row's item."""
     seconds: float
     """Time spent generating."""
     tokens: int
@@ -83,17 +85,19 @@ def _read_run(file: Path, name: str | None, label: str) -> Run:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         scores: dict[tuple[str, str, int], dict[str, float]] = {}
+        items = {}
         for answer in content["answers"]:
             key = (answer["lang"], answer["id"])
             count = 0
             while (*key, count) in scores:
                 count += 1
-            scores[(*key, count)] = answer["scores"]
+            scores[(*key, count)], items[(*key, count)] = answer["scores"], answer["item"]
         return Run(
             name=name or f"{label} ({content['mode']})",
             task=content["task"],
             rules=content["rules"],
             scores=scores,
+            items=items,
             seconds=content["seconds"],
             tokens=content["tokens_out"],
         )
@@ -117,7 +121,8 @@ def compare_runs(runs: Sequence[Run], metric: str | None = None, seed: int = 0) 
     common = [key for key in first.scores if all(key in run.scores for run in runs)]
     if len(runs) < 2 or not common:
         raise ValueError(f"{first.task}: a comparison needs two runs that answered the same rows")
-    values = [_by_language(run, common, metric) for run in runs]
+    values = [_by_language(common, lambda key, run=run: run.scores[key][metric]) for run in runs]
+    items = _by_language(common, first.items.__getitem__)
     groups = {lang: [lang] for lang in sorted(values[0])}
     for level in ("high", "low"):
         if langs := [lang for lang in values[0] if resource_level(lang) == level]:
@@ -127,16 +132,18 @@ def compare_runs(runs: Sequence[Run], metric: str | None = None, seed: int = 0) 
         task=first.task,
         metric=metric,
         runs=list(runs),
-        lines={line: _cells([_select(v, langs) for v in values], seed) for line, langs in groups.items()},
+        lines={line: _cells([_select(v, langs) for v in values], items, seed) for line, langs in groups.items()},
         rows={line: sum(len(values[0][lang]) for lang in langs) for line, langs in groups.items()},
         left_out=len(first.scores) - len(common),
     )
 
 
-def _by_language(run: Run, keys: Sequence[tuple[str, str, int]], metric: str) -> dict[str, list[float]]:
+def _by_language(
+    keys: Sequence[tuple[str, str, int]], value: Callable[[tuple[str, str, int]], Any]
+) -> dict[str, list[Any]]:
     values = defaultdict(list)
     for key in keys:
-        values[key[0]].append(run.scores[key][metric])
+        values[key[0]].append(value(key))
     return values
 
 
@@ -144,9 +151,9 @@ def _select(values: Mapping[str, list[float]], langs: Sequence[str]) -> dict[str
     return {lang: values[lang] for lang in langs}
 
 
-def _cells(values: Sequence[dict[str, list[float]]], seed: int) -> list[Cell]:
+def _cells(values: Sequence[dict[str, list[float]]], items: Mapping[str, list[str]], seed: int) -> list[Cell]:
     means = [sum(sum(group) / len(group) for group in groups.values()) / len(groups) for groups in values]
-    differences = [None, *(compare(values[0], other, seed) for other in values[1:])]
+    differences = [None, *(compare(values[0], other, seed, items=items) for other in values[1:])]
     return [Cell(mean=mean, difference=difference) for mean, difference in zip(means, differences)]
 
 

@@ -4,7 +4,8 @@
 
 English twins are found by the item's key, which is the same in every language: an id where the set has one, else the
 place. A twin whose right option differs is no twin, and leaves the row without English. `hub_dir` names a folder that
-holds copies of the repositories (hub_dir/facebook/xnli and so on) for machines that do not reach the hub.
+holds copies of the repositories (hub_dir/facebook/xnli and so on) for machines that do not reach the hub. Where a
+repository is a loading script, which datasets runs no more, the hub's own conversion to parquet is read, or copied.
 """
 
 from __future__ import annotations
@@ -105,6 +106,10 @@ SOURCES = {
 _ENGLISH = {"MMMLU": HubSource(repo="cais/mmlu", configs={"en": "all"}, split="test", item=_mmlu)}
 
 
+# The branch on which the hub keeps what it converted. It names no configurations: files lie in CONFIG/SPLIT.
+_CONVERTED = "refs/convert/parquet"
+
+
 def load_benchmark(name: str, langs: Iterable[str] | None = None, hub_dir: str | Path | None = None) -> list[EvalRow]:
     """All rows of a benchmark in `langs` (default: the paper's ten), language by language.
 
@@ -132,6 +137,7 @@ def load_benchmark(name: str, langs: Iterable[str] | None = None, hub_dir: str |
                     lang=lang,
                     prompt_en=_turn(_wording(name, "en").format(**twin.fields)) if twin else None,
                     where=where,
+                    item=str(item.key) if SOURCES[name].parallel else "",
                     options=options_of(prompt, options),
                 )
             )
@@ -139,21 +145,19 @@ def load_benchmark(name: str, langs: Iterable[str] | None = None, hub_dir: str |
 
 
 def _items(name: str, lang: str, hub_dir: str | Path | None) -> Iterable[tuple[str, Item]]:
-    import datasets
-
     source = _ENGLISH.get(name, SOURCES[name]) if lang == "en" else SOURCES[name]
     config = lang if source.configs is None else source.configs.get(lang)
     if config is None:
         raise ValueError(f"{name}: {source.repo} is not known to hold {lang!r}; there are {', '.join(source.configs)}")
     path = str(Path(hub_dir) / source.repo) if hub_dir else source.repo
     try:
-        records = datasets.load_dataset(path, config, split=source.split)
+        records = _load(path, config, source.split)
     except Exception as error:  # not found, no network, no such split ...: one message with the library's own reason
         reason = (str(error).strip().splitlines() or [""])[0]
         raise ValueError(
             f"{name}: cannot load {config!r}, split {source.split!r}, of the data set {path} "
             f"({type(error).__name__}: {reason}). Check the network, or name local rows (--data) or a folder with "
-            "copies of the repositories (--hub_dir)"
+            f"copies of the repositories (--hub_dir); where one has a loading script, of its branch {_CONVERTED}"
         ) from error
     for place, record in enumerate(records):
         where = f"{path} ({config}), row {place + 1}"
@@ -161,6 +165,20 @@ def _items(name: str, lang: str, hub_dir: str | Path | None) -> Iterable[tuple[s
             yield where, source.item(record, place, lang)
         except (KeyError, TypeError, IndexError) as error:
             raise ValueError(f"{where}: not in the data set's known format ({error!r}): it holds {record}") from error
+
+
+def _load(path: str, config: str, split: str) -> Iterable[dict[str, Any]]:
+    import datasets
+
+    converted = {split: f"{config}/{split}/*.parquet"}
+    if (Path(path) / config / split).is_dir():  # a copy of the branch
+        return datasets.load_dataset(path, data_files=converted, split=split)
+    try:
+        return datasets.load_dataset(path, config, split=split)
+    except RuntimeError as error:
+        if "scripts are no longer supported" not in str(error):
+            raise
+    return datasets.load_dataset(path, data_files=converted, split=split, revision=_CONVERTED)
 
 
 def _wording(name: str, lang: str) -> str:

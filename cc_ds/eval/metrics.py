@@ -12,7 +12,12 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from cc_ds.eval.text import answer_words, normalise, words
+from cc_ds.eval.text import answer_words, ascii_digits, normalise, words, yes_or_no
+
+# Latin letters with and without diacritics, and combining marks: what a key or a short answer may not touch.
+_LATIN = r"A-Za-z\u00c0-\u024f\u1e00-\u1eff\u0300-\u036f"
+# "A" before a small letter is an article (English, Portuguese) unless the word is "is" in a language of the benchmarks.
+_IS = {"is", "was", "es", "é", "adalah", "ni"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,11 +42,17 @@ def inclusion(response: str, reference: Reference) -> float:
     """1 where one of the normalised accepted answers stands inside the normalised response.
 
     Affixes are allowed (Korean particles, Turkish and Swahili endings), as words are not split by spaces everywhere;
-    but a number or a single Latin letter must not touch another letter or digit ("3" is not in "1937", nor "b" in
-    "berlin").
+    but a number or a Latin word of up to three letters must not touch another Latin letter or digit ("3" is not in
+    "1937", nor "b" in "berlin"). Where an answer is "yes" or "no", in English or the language, it is right where the
+    response says that before the other (text.py, `yes_or_no`).
     """
-    said = normalise(response)
-    return float(any(_stands_in(normalise(answer), said) for answer in reference.answers))
+    said, lang = normalise(response), reference.lang
+    for answer in reference.answers:
+        meaning = yes_or_no(answer, lang, whole=True)
+        right = yes_or_no(response, lang) == meaning if meaning else _stands_in(normalise(answer), said)
+        if right:
+            return 1.0
+    return 0.0
 
 
 def squad_em(response: str, reference: Reference) -> float:
@@ -62,7 +73,8 @@ def f1(response: str, reference: Reference) -> float:
 def rouge_l(response: str, reference: Reference) -> float:
     """ROUGE-L: F1 of the longest common subsequence of `words`, against the best of the answers; no stemming.
 
-    In Latin script without diacritics it equals Google's rouge_score with use_stemmer=False.
+    In Latin script without diacritics it equals Google's rouge_score with use_stemmer=False, whatever stands between
+    the words.
     """
     said = words(response)
     return max(
@@ -89,38 +101,58 @@ METRICS: dict[str, Callable[[str, Reference], float]] = {
 def chosen_option(response: str, options: Mapping[str, str]) -> str | None:
     """The key of the option that a response names, or None where it names none.
 
-    The first of these that is found: a key that opens the response and is all of it, or is followed by punctuation or
-    a line break; a key in brackets; a key that stands alone (an "A" before a small letter is an article); a key that
-    opens the response; the text of an option, where the response holds exactly one. Digits of every script count.
+    The first of these that is found: the text of one option, as the whole response; a key that opens the response and
+    is all of it, or is followed by punctuation or a line break; a key in brackets; a key that stands alone; a key that
+    opens the response; the text of an option, where the response holds exactly one (and maybe parts of it). An "A" that
+    is an article is no key, nor is what touches a letter, a hyphen and a letter ("D-dimer") or a sign of arithmetic.
+    Digits of every script count.
     """
     if not options:
         return None
-    text = _ascii_digits(unicodedata.normalize("NFKC", response).strip())
+    if key := _option_said(response, options):
+        return key
+    text = ascii_digits(unicodedata.normalize("NFKC", response).strip())
     # The longest first: none of "1" where "10" is meant.
     keys = "|".join(re.escape(key) for key in sorted(options, key=len, reverse=True))
-    opening = rf"[\W_]*({keys})"
+    opening = rf"^[\W_]*({keys})"
+    goes_on = rf"[{_LATIN}\d]|[.,]\d|[-'’][{_LATIN}]|\s*[+=<>^]"
     for pattern, flags in (
-        (rf"^{opening}\s*(?:$|\n|[^\w\s.,]|[.,](?!\d))", re.IGNORECASE),
+        (rf"{opening}(?!{goes_on})\s*(?:$|\n|[^\w\s])", re.IGNORECASE),
         (rf"\(\s*({keys})\s*\)", 0),
-        (rf"(?<![A-Za-z\d])(?<!\d[.,])(?!A\s+[a-z])({keys})(?![A-Za-z\d]|[.,]\d)", 0),
-        (rf"^{opening}(?![A-Za-z\d]|[.,]\d)", 0),
+        (rf"(?<![{_LATIN}\d])(?<!\d[.,])({keys})(?!{goes_on})", 0),
+        (rf"{opening}(?!{goes_on})", 0),
     ):
-        if match := re.search(pattern, text, flags):
-            return next(key for key in options if key.casefold() == match.group(1).casefold())
+        for match in re.finditer(pattern, text, flags):
+            if not _is_article(match.group(1), text[match.end(1) :]):
+                return next(key for key in options if key.casefold() == match.group(1).casefold())
     said = normalise(response)
-    named = [key for key, option in options.items() if _stands_in(normalise(option), said)]
-    return named[0] if len(named) == 1 else None
+    named = {key: text for key, option in options.items() if _stands_in(text := normalise(option), said)}
+    # "both level and edge" names that option, and not "edge" or "level".
+    whole = [key for key, text in named.items() if all(text == other or text not in other for other in named.values())]
+    return whole[0] if len(whole) == 1 else None
 
 
-def _ascii_digits(text: str) -> str:
-    return "".join(str(unicodedata.digit(char)) if char.isdecimal() else char for char in text)
+def _option_said(response: str, options: Mapping[str, str]) -> str | None:
+    """The key of the one option whose text is the whole response, as it is written or else normalised."""
+    if normalise(response) in {key.casefold() for key in options}:
+        return None
+    for form in (lambda text: text.strip().rstrip("."), normalise):
+        said = [key for key, option in options.items() if form(option) == form(response) != ""]
+        if len(said) == 1:
+            return said[0]
+    return None
+
+
+def _is_article(key: str, rest: str) -> bool:
+    following = re.match(r"\s+(\w+)", rest)
+    return key == "A" and bool(following) and following[1][0].islower() and following[1] not in _IS
 
 
 def _stands_in(answer: str, text: str) -> bool:
     if not answer:
         return False
-    if re.fullmatch(r"[a-z]|-?\d+(\D\d+)*", answer):
-        return re.search(rf"(?<![a-z\d])(?<!\d[.,]){re.escape(answer)}(?![a-z\d]|[.,]\d)", text) is not None
+    if re.fullmatch(rf"[{_LATIN}]{{1,3}}|-?\d+(\D\d+)*", answer):
+        return re.search(rf"(?<![{_LATIN}\d])(?<!\d[.,]){re.escape(answer)}(?![{_LATIN}\d]|[.,]\d)", text) is not None
     return answer in text
 
 

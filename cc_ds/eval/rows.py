@@ -23,6 +23,8 @@ class EvalRow:
     """The same prompt in English, for the upper bound."""
     where: str
     """File and row, for messages."""
+    item: str = ""
+    """The same for the same question in every language; empty: no other row asks it."""
     options: Mapping[str, str] = field(default_factory=dict)
     """Of a multiple choice: key -> text."""
 

@@ -79,7 +79,7 @@ class EvalResult:
     tokens_out: int
     """Tokens generated over all answers, stop tokens included."""
     answers: list[dict[str, Any]] = field(repr=False)
-    """Per row: id, lang, prompt, answers, response, tokens_in, tokens_out, scores; in the order of the rows."""
+    """Per row: id, item, lang, prompt, answers, response, tokens_in, tokens_out, scores; in the order of the rows."""
 
 
 def evaluate(
@@ -115,7 +115,9 @@ def evaluate(
     known = {}
     if journal is not None:
         template_settings = {"chat_template": template.chat_template, "stops": sorted(template.stop_token_ids)}
-        known = journal.open(settings | template_settings, group)
+        # One view for all ranks, who deal the rows by it: a file system may show them different files.
+        for found in group.gather(journal.open(settings | template_settings, group)):
+            known |= found
     rows = {row.id: row for row in task.rows}  # the same question twice is asked once
     open_rows = [row for key, row in rows.items() if key not in known]
     mine = _longest_first(open_rows, template, mode)[group.rank :: group.world_size]
@@ -177,6 +179,7 @@ def score(task: Task, answers: Sequence[Answer], *, mode: str, seed: int = 0) ->
     scored = [
         {
             "id": row.id,
+            "item": row.item or row.id,
             "lang": row.lang,
             "prompt": row.prompt[-1]["content"],
             "answers": list(row.answers),
@@ -211,9 +214,10 @@ def score(task: Task, answers: Sequence[Answer], *, mode: str, seed: int = 0) ->
 def _score(groups: Mapping[str, list[dict]], task: Task, seed: int) -> Score:
     """Mean over groups of each group's mean."""
     metrics = {}
+    items = {lang: [answer["item"] for answer in group] for lang, group in groups.items()}
     for name in task.rules:
         values = {lang: [answer["scores"][name] for answer in group] for lang, group in groups.items()}
-        low, high = bootstrap_interval(values, seed)
+        low, high = bootstrap_interval(values, seed, items=items)
         mean = sum(sum(group) / len(group) for group in values.values()) / len(values)
         metrics[name] = Metric(mean=mean, low=low, high=high)
     rows = [answer for group in groups.values() for answer in group]

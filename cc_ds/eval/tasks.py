@@ -10,6 +10,9 @@ the Hugging Face hub (hub.py), or from the Atlas demo's test split. Columns of a
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +24,7 @@ from cc_ds.eval.benchmarks import BENCHMARKS
 from cc_ds.eval.metrics import METRICS, Reference
 from cc_ds.eval.rows import EvalRow, options_of
 from cc_ds.eval.text import spellings
+from cc_ds.infer.generate import ENGLISH, is_language
 
 _ANSWER_COLUMNS = ("answers", "answer", "output")
 
@@ -36,7 +40,7 @@ class Task:
     rules: Mapping[str, str]
     """Name of a score -> the metric that gives it (metrics.py); the first is the headline."""
     spell_out: bool = False
-    """Whether numbers and dates are accepted in any usual spelling."""
+    """Whether numbers, dates, yes and no are accepted in any usual spelling."""
     max_new_tokens: int = 64
     """Tokens that a response may have unless the user says otherwise."""
 
@@ -80,7 +84,7 @@ def load_task(
     name = next((known for known in BENCHMARKS if known.casefold() == name.casefold()), name)
     benchmark = BENCHMARKS.get(name)
     if path is not None:
-        rows = _read_folder(Path(path)) if Path(path).is_dir() else _read_file(Path(path))
+        rows = _with_items(_read_folder(Path(path)) if Path(path).is_dir() else _read_file(Path(path)))
         if benchmark and benchmark.options:
             rows = [_with_options(row, benchmark.options) for row in rows]
     elif benchmark:
@@ -90,7 +94,8 @@ def load_task(
     elif name == "atlas":
         from cc_ds.demo.atlas import build_atlas
 
-        rows = [_row(record, f"atlas test, row {n}", None) for n, record in enumerate(build_atlas(seed).test, start=1)]
+        test = enumerate(build_atlas(seed).test, start=1)
+        rows = _with_items([_row(record, f"atlas test, row {number}", None) for number, record in test])
     else:
         raise ValueError(
             f"unknown task {name!r}: there are atlas, {', '.join(BENCHMARKS)}; for another, name its file or folder "
@@ -120,6 +125,22 @@ def _only(rows: list[EvalRow], langs: Iterable[str] | None) -> list[EvalRow]:
     if wanted is not None and (unknown := wanted - there):
         raise ValueError(f"no rows in {', '.join(sorted(unknown))}; there are {', '.join(sorted(there))}")
     return [row for row in rows if wanted is None or row.lang in wanted]
+
+
+def _with_items(rows: Iterable[EvalRow]) -> list[EvalRow]:
+    """Name each row's item by its English prompt; without one, by its place among the rows of its language.
+
+    Places join translations of a parallel file. Where the files are not parallel they join rows that have nothing in
+    common, and that costs nothing: redrawn together or apart, unrelated rows spread the same.
+    """
+    places: Counter[str] = Counter()
+    named = []
+    for row in rows:
+        places[row.lang] += 1
+        english = row.prompt_en or (row.prompt if is_language(row.lang, ENGLISH) else None)
+        content = json.dumps(english or places[row.lang], ensure_ascii=False, sort_keys=True)
+        named.append(replace(row, item=hashlib.sha256(content.encode()).hexdigest()[:16]))
+    return named
 
 
 def _with_options(row: EvalRow, keys: str) -> EvalRow:

@@ -1,17 +1,20 @@
 """Text as scores see it, in any script: normalised, cut into tokens, and an answer's other spellings.
 
 `normalise` serves short answers of any task; `answer_words` follows the scripts of SQuAD and MLQA (punctuation deleted,
-articles of the language dropped); `words` serves ROUGE. Scripts written without spaces (Chinese, Japanese, Thai, Lao,
-Khmer, Burmese) are cut into characters, a character being a letter with its marks. A dictionary would cut them into
-words, but each of its versions would give other scores; characters are what MLQA's own script takes for Chinese.
+articles of the language dropped); `words` serves ROUGE. A digit is the same in every script. Scripts written without
+spaces (Chinese, Japanese, Thai, Lao, Khmer, Burmese) are cut into characters: a letter with its marks. A dictionary
+would cut them into words, but each of its versions would give other scores; characters are what MLQA's own script takes
+for Chinese.
 """
 
 from __future__ import annotations
 
 import datetime
 import re
+import string
 import unicodedata
 from bisect import bisect_right
+from functools import cache
 
 # First and last code point of scripts written without spaces, ascending.
 _UNSPACED = [
@@ -26,6 +29,7 @@ _UNSPACED = [
     (0x20000, 0x3FFFF),
 ]
 _STARTS = [first for first, _ in _UNSPACED]
+_SEPARATORS = {0x066B: ".", 0x066C: ","}  # Arabic's
 
 # As MLQA (Lewis et al. 2020) drops them (ar, de, en, es, vi; zh and hi have none), and MKQA for fr and pt.
 _ARTICLES = {
@@ -35,6 +39,19 @@ _ARTICLES = {
     "fr": "le la l les du de d des un une",
     "pt": "o a os as um uma uns umas",
     "vi": "của là cái chiếc những",
+}
+# How people say yes and no, in MKQA's languages. MKQA's answers are "yes" and "no" in all of them.
+_YES_NO = {
+    "ar": ("نعم أجل بلى", "لا كلا"),
+    "de": ("ja jawohl", "nein"),
+    "en": ("yes", "no"),
+    "ja": ("はい ええ", "いいえ いや"),
+    "ko": ("네 예 맞습니다", "아니요 아니오 아니 아닙니다"),
+    "pt": ("sim", "não"),
+    "ru": ("да", "нет"),
+    "tr": ("evet", "hayır"),
+    "vi": ("có vâng đúng phải", "không"),
+    "zh": ("是的 是 对", "不是 不 否 没有 没"),
 }
 _ARABIC_ARTICLE = re.compile(r"(?<!\S)ال(?=\S)")
 
@@ -56,8 +73,12 @@ def normalise(text: str) -> str:
 
 
 def words(text: str) -> list[str]:
-    """Tokens of the normalised text: words, or characters where the script has no spaces."""
-    return [token for word in normalise(text).split() for token in _cut(word)]
+    """Tokens as rouge_score cuts them, in any script: runs of letters and digits in lower case, nothing else.
+
+    Characters where the script has no spaces; marks belong to their letter.
+    """
+    bare = "".join(char if char.isalnum() or unicodedata.category(char)[0] == "M" else " " for char in _fold(text))
+    return [token for word in bare.split() for token in _cut(word)]
 
 
 def answer_words(text: str, lang: str) -> list[str]:
@@ -66,7 +87,9 @@ def answer_words(text: str, lang: str) -> list[str]:
     A text that has nothing else ("The", "%") keeps what it has.
     """
     folded = _fold(text)
-    bare = "".join(char for char in folded if not _is_punctuation(char)) or folded
+    # SQuAD deletes ASCII's symbols ("$", "+") with its punctuation.
+    deleted = {char for char in folded if _is_punctuation(char) or char in string.punctuation}
+    bare = "".join(char for char in folded if char not in deleted).strip() or folded
     articles = _ARTICLES.get(lang, "").split()
     kept = [word for word in bare.split() if word not in articles] or bare.split()
     if lang == "ar":
@@ -75,12 +98,15 @@ def answer_words(text: str, lang: str) -> list[str]:
 
 
 def spellings(answer: str, lang: str) -> list[str]:
-    """The answer and other ways to write it: whole numbers without ".0", thousands separated, dates in words.
+    """The answer and other ways to write it: whole numbers without ".0", thousands separated, dates in words, yes and
+    no in the language.
 
-    MKQA writes every number as a float ("3.0") and every date as "2019-06-30", in all languages; people, and models,
-    do not. Dates are spelt by CLDR in `lang`, and left alone in a language it does not have.
+    MKQA writes every number as a float ("3.0"), every date as "2019-06-30", and "yes" and "no" in all languages;
+    people, and models, do not. Dates are spelt by CLDR in `lang`, and left alone in a language it does not have.
     """
     found = [answer]
+    if answer in ("yes", "no") and lang in _YES_NO:
+        found += _YES_NO[lang][answer == "no"].split()
     if match := re.fullmatch(r"(-?)(\d+)\.0(\D.*)?", answer.strip()):
         sign, digits, unit = match.group(1), match.group(2), match.group(3) or ""
         found.append(f"{sign}{digits}{unit}")
@@ -90,6 +116,29 @@ def spellings(answer: str, lang: str) -> list[str]:
     if re.fullmatch(r"\d{4}-\d\d-\d\d", answer.strip()):
         found += _dates(answer.strip(), lang)
     return list(dict.fromkeys(found))
+
+
+def yes_or_no(text: str, lang: str, whole: bool = False) -> str | None:
+    """ "yes" or "no": which the text says first in `lang`, or else in English; None: neither.
+
+    `whole`: the text must be that word alone. Of languages other than MKQA's ten, only the English words are known.
+    """
+    said = normalise(text)
+    for code in dict.fromkeys((lang, "en")):
+        if pattern := _yes_no_pattern(code):
+            if match := (pattern.fullmatch(said) if whole else pattern.search(said)):
+                return match.lastgroup
+    return None
+
+
+@cache
+def _yes_no_pattern(lang: str) -> re.Pattern[str] | None:
+    if lang not in _YES_NO:
+        return None
+    yes, no = ("|".join(words.split()) for words in _YES_NO[lang])
+    either = rf"(?:(?P<no>{no})|(?P<yes>{yes}))"
+    # Chinese and Japanese have no spaces to stand between; 是 before 否, and 对 before 不起 (sorry), are no yes.
+    return re.compile(rf"{either}(?!否|不起)" if lang in ("ja", "zh") else rf"(?<!\w){either}(?!\w)")
 
 
 def _dates(iso: str, lang: str) -> list[str]:
@@ -107,7 +156,12 @@ def _dates(iso: str, lang: str) -> list[str]:
 
 def _fold(text: str) -> str:
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
-    return "".join(char for char in folded if unicodedata.category(char) != "Cf")
+    return ascii_digits("".join(char for char in folded if unicodedata.category(char) != "Cf"))
+
+
+def ascii_digits(text: str) -> str:
+    """Decimal digits of every script as 0 to 9, and Arabic's separators in numbers as "." and ","."""
+    return "".join(str(unicodedata.digit(char)) if char.isdecimal() else char for char in text).translate(_SEPARATORS)
 
 
 def _is_punctuation(char: str) -> bool:

@@ -93,7 +93,8 @@ def test_the_tool_draws_everything(tmp_path, capsys, caplog):
     rows = [{"prompt": f"namba {n}", "prompt_en": f"number {n}", "lang": "sw" if n % 2 else "yo"} for n in range(8)]
     data, run, model = tmp_path / "numbers.jsonl", tmp_path / "metrics.jsonl", tmp_path / "model"
     bad = {"prompt": " ", "prompt_en": "number"}
-    data.write_text("".join(json.dumps(row) + "\n" for row in [*rows, bad]), encoding="utf-8")
+    english = {"prompt": "number", "lang": "en-GB"}  # read plain at inference; it has no English prompt either
+    data.write_text("".join(json.dumps(row) + "\n" for row in [english, *rows, bad]), encoding="utf-8")
     run.write_text('{"step": 1, "gate_entropy": 1.0, "chosen_layers": {"sw": [3, 1]}}\n', encoding="utf-8")
     tokenizer = train_tokenizer([row[key] for row in rows for key in ("prompt", "prompt_en")] * 3, model, 300)
     sizes = dict(hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=24)
@@ -103,12 +104,23 @@ def test_the_tool_draws_everything(tmp_path, capsys, caplog):
         tool.main(["--model", str(model), "--data", str(data), "--output", str(out), "--device", "cpu"])
     CCModelForCausalLM.from_pretrained(model).save_pretrained(model)
     tool.main(["--run", str(run), "--model", str(model), "--data", str(data), "--output", str(out), "--device", "cpu"])
-    assert "numbers.jsonl:9: the prompt is empty" in caplog.text
+    assert "numbers.jsonl:10: the prompt is empty" in caplog.text
     numbers = json.loads((out / "gate.json").read_text(encoding="utf-8"))
     assert numbers["inference"]["rows"] == 8 and set(numbers["inference"]["language"]) == {"sw", "yo"}
     assert sum(numbers["inference"]["task"]["numbers"]) == pytest.approx(1)
     drawn = {path.name for path in out.glob("*.png")}
     assert {"gate_over_training.png", "gate_entropy.png", "gate_by_language.png", "gate_by_task.png"} < drawn
     assert any(name.startswith("activations_layer") for name in drawn)
+    one_each = Transform([torch.eye(16).repeat(2, 1, 1)], "per_language", ("sw", "yo"))
+    connected = CCModelForCausalLM.from_pretrained(model)
+    connected.set_transform(one_each)
+    connected.save_pretrained(tmp_path / "connected")
+    tokenizer.save_pretrained(tmp_path / "connected")
+    arguments = ["--data", str(data), "--output", str(out), "--device", "cpu"]
+    tool.main(["--model", str(tmp_path / "connected"), *arguments])
+    with pytest.raises(ValueError, match="only for sw, yo"):
+        tool.main(["--model", str(tmp_path / "connected"), *arguments, "--exclude"])
+    with pytest.raises(ValueError, match=r"numbers.jsonl: every row is in a language of --exclude \(en, sw, yo\)"):
+        tool.main(["--model", str(model), *arguments, "--exclude", "en", "sw", "yo"])
     with pytest.raises(ValueError, match="--layer is 9"):
         tool.main(["--model", str(model), "--data", str(data), "--output", str(out), "--device", "cpu", "--layer", "9"])

@@ -66,6 +66,7 @@ def test_xnli(tmp_path):
     assert first.options == {"1": "Inajumuisha", "2": "Kuegemea upande wowote", "3": "Kupingana"}
     assert first.prompt_en[0]["content"].startswith("Premise: p1\nHypothesis: h1\n")
     assert second.prompt_en is None, "another label: not the same item"
+    assert first.item == english.item != second.item
     assert second.where == f"{tmp_path}/facebook/xnli (sw), row 2"
 
 
@@ -126,6 +127,7 @@ def test_xquad(tmp_path):
     repository(tmp_path, "google/xquad", "validation", rows)
     (row,) = load("XQuAD", tmp_path, "zh")
     assert row.prompt[0]["content"].endswith("上下文： c\n问题： 二\n\n您的答案：") and row.answers == ("x", "y")
+    assert row.item == "2"
     assert row.prompt_en[0]["content"].endswith("Question: two\n\nYour answer:")
 
 
@@ -154,7 +156,46 @@ def test_xlsum_has_no_english_twin(tmp_path):
     repository(tmp_path, "csebuetnlp/xlsum", "test", {"swahili": [row]})
     (found,) = load("XLSum", tmp_path, "sw")
     assert found.prompt[0]["content"].endswith("moja.\nHabari\nndefu {kabisa}")
-    assert found.answers == ("fupi",) and found.prompt_en is None
+    assert found.answers == ("fupi",) and found.prompt_en is None and not found.item
+
+
+SUMMARY = {"id": "1", "url": "u", "title": "Habari", "summary": "fupi", "text": "ndefu"}
+
+
+def test_a_loading_script_gives_way_to_the_hubs_own_conversion(monkeypatch):
+    calls = []
+
+    def load_dataset(path, name=None, **more):
+        calls.append((path, name, more))
+        if "revision" not in more:
+            raise RuntimeError("Dataset scripts are no longer supported, but found xlsum.py")
+        return [SUMMARY]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    (row,) = load("XLSum", None, "sw")
+    assert row.answers == ("fupi",) and row.where == "csebuetnlp/xlsum (swahili), row 1"
+    files = {"data_files": {"test": "swahili/test/*.parquet"}, "revision": "refs/convert/parquet"}
+    assert calls == [
+        ("csebuetnlp/xlsum", "swahili", {"split": "test"}),
+        ("csebuetnlp/xlsum", None, {"split": "test", **files}),
+    ]
+
+
+def test_a_copied_loading_script_is_told_the_branch_and_a_copy_of_that_is_read(tmp_path):
+    folder = tmp_path / "csebuetnlp" / "xlsum"
+    folder.mkdir(parents=True)
+    (folder / "xlsum.py").write_text("", encoding="utf-8")
+    with pytest.raises(
+        ValueError, match=r"Dataset scripts are no longer supported.*\(--hub_dir\).*refs/convert/parquet"
+    ):
+        load("XLSum", tmp_path, "sw")
+    (folder / "xlsum.py").unlink()
+    for config in ("swahili", "turkish"):
+        (folder / config / "test").mkdir(parents=True)
+        row = SUMMARY | {"title": config}
+        datasets.Dataset.from_list([row]).to_parquet(folder / config / "test" / "0000.parquet")
+    (row,) = load("XLSum", tmp_path, "sw")
+    assert "\nswahili\n" in row.prompt[0]["content"]
 
 
 def test_what_cannot_be_loaded_is_said(tmp_path):

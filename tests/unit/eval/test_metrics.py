@@ -38,6 +38,17 @@ def test_inclusion_allows_affixes_but_not_parts_of_numbers():
     assert not score("inclusion", "1.5 km", "5")
     assert score("inclusion", "3 km", "3")
     assert not score("inclusion", "", "a")
+    assert score("inclusion", "الإجابة ٣", "3", lang="ar") and not score("inclusion", "१९३७", "3", lang="hi")
+    assert score("inclusion", "made in the USA.", "USA") and not score("inclusion", "a sofa", "of")
+    assert not score("inclusion", "Bẹ́ẹ̀ni", "b") and not score("inclusion", "época", "poc")
+    assert score("inclusion", "USA는", "usa")
+
+
+def test_yes_and_no_are_what_is_said_first_and_not_letters_of_a_word():
+    assert score("inclusion", "Nein.", "no", lang="de") and not score("inclusion", "Ja.", "no", lang="de")
+    assert not score("inclusion", "I don't know", "no") and not score("inclusion", "Yes, there is no other", "no")
+    assert score("inclusion", "是的", "yes", lang="zh") and not score("inclusion", "不是", "yes", lang="zh")
+    assert not score("inclusion", "Нет, никогда", "yes", "да", lang="ru")
 
 
 @pytest.mark.parametrize(
@@ -85,7 +96,13 @@ def test_rouge_l_equals_googles():
     draw = random.Random(0)
     for _ in range(50):
         response, answer = (
-            " ".join(draw.choices(["a", "B,", "cat", "dog.", "e-mail", "it's"], k=draw.randint(1, 12))) for _ in "ab"
+            " ".join(
+                draw.choices(
+                    ["a", "B,", "cat", "dog.", "e-mail", "it's", "£3.5m", "$20", "1,000", "a_b+c", "%"],
+                    k=draw.randint(1, 12),
+                )
+            )
+            for _ in "ab"
         )
         assert score("rouge_l", response, answer) == pytest.approx(google.score(answer, response)["rougeL"].fmeasure)
 
@@ -133,6 +150,41 @@ def test_chosen_number(response, key):
 )
 def test_chosen_letter(response, key):
     assert chosen_option(response, MMMLU) == key
+
+
+LIGHT = {"A": "Dímeros de timina", "B": "d+3=9", "C": "A lua, vista da Terra", "D": "A direct leak", "E": "leak"}
+
+
+@pytest.mark.parametrize(
+    ("response", "key"),
+    [
+        ("Dímeros de timina", "A"),
+        ("d+3=9", "B"),
+        ("A lua, vista da Terra.", "C"),
+        ("A direct leak", "D"),
+        ("It is a direct leak", "D"),
+        ("A única opção correta é C", "C"),
+        ("A última", None),
+        ("Dímeros", None),
+        ("Bẹ́ẹ̀ni, D", "D"),
+        ("B\u0300 ni", None),  # a letter with a combining mark
+        ("A é a correta", "A"),
+        ("A ni jibu sahihi", "A"),
+        ("A+B", "B"),
+        ("B'de", None),
+        ("D-dimer", None),
+        ("D - leak", "D"),
+        ("E", "E"),
+    ],
+)
+def test_a_key_is_no_letter_of_a_word_and_an_options_own_text_names_it(response, key):
+    assert chosen_option(response, LIGHT) == key
+
+
+def test_an_options_text_as_it_is_written_comes_before_what_it_is_normalised_to():
+    options = {"A": "(0, 1)", "B": "[0, 1]", "C": "i", "D": "-i"}
+    assert [chosen_option(text, options) for text in ("(0, 1)", "[0, 1]", "i.", "-i", "0, 1")] == [*"ABCD", None]
+    assert chosen_option("C", {"A": "L", "B": "C", "C": "R"}) == "C", "a key is a key"
 
 
 def test_choice_and_no_options():

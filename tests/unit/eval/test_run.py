@@ -202,8 +202,8 @@ def test_length_batches_cover_everything_once_longest_first():
 
 def scored() -> object:
     rows = [
-        EvalRow(prompt=turn(f"q{n}"), answers=("Moja",), lang=lang, prompt_en=None, where="")
-        for n, lang in enumerate(("sw", "sw", "sw", "sw", "de"))
+        EvalRow(prompt=turn(f"q{n}"), answers=("Moja",), lang=lang, prompt_en=None, where="", item=item)
+        for n, (lang, item) in enumerate((("sw", "a"), ("sw", "b"), ("sw", ""), ("sw", ""), ("de", "")))
     ]
     said = ["moja.", "ni moja", "", "mbili", "moja"]
     answers = [Answer(text=text, tokens_in=10, tokens_out=2, seconds=0.4) for text in said]
@@ -239,6 +239,7 @@ def test_table_json_and_figure(tmp_path):
     assert content["model"] == "m" and content["macro"]["metrics"]["exact_match"]["mean"] == 0.625
     assert content["answers"][1]["response"] == "ni moja" and content["languages"]["sw"]["empty"] == 1
     assert content["answers"][1]["scores"] == {"exact_match": 0, "inclusion": 1}
+    assert [answer["item"] for answer in content["answers"]] == ["a", "b", *(a["id"] for a in content["answers"][2:])]
     assert [file.name for file in path.parent.iterdir()] == ["result.json"]
     plot_languages(result, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 1000
@@ -274,6 +275,18 @@ def test_two_ranks_share_the_rows_and_find_what_one_finds(model, tokenizer, temp
         own.append({answer["id"]: answer["response"] for answer in result.answers if answer["response"] != "elsewhere"})
     assert len(own[0]) == len(own[1]) == 7
     assert own[0] | own[1] == {answer["id"]: answer["response"] for answer in whole.answers}
+
+
+def test_ranks_that_see_different_files_deal_the_rows_alike(model, tokenizer, template, rows, tmp_path):
+    """The other rank has found six answers that this one does not see (another node, a file system's cache)."""
+    theirs = {row.id: Answer(text="known", tokens_in=1, tokens_out=1, seconds=0.0) for row in rows[:6]}
+    group = rank_of_two(0, theirs)
+    Journal(tmp_path, "m").open({}, Group.alone())
+    order = sorted(rows[6:], key=lambda row: -len(template.render_prompt(row.prompt).ids))
+    gathered = iter([theirs, {row.id: theirs[rows[0].id] for row in order[1::2]}])
+    type(group).gather = lambda self, value: [value, next(gathered)]
+    result = run(model, tokenizer, template, rows, "plain", group=group, journal=Journal(tmp_path, "m"))
+    assert responses(result)[:6] == ["known"] * 6 and len(set(responses(result)[6:])) > 1
 
 
 def test_a_killed_run_goes_on(model, tokenizer, template, rows, tmp_path, monkeypatch):

@@ -74,3 +74,46 @@ def test_the_average_weighs_languages_the_same_and_is_signed():
 def test_rows_must_pair():
     with pytest.raises(ValueError, match="same rows"):
         compare({"a": [1.0]}, {"a": [1.0, 0.0]})
+
+
+def equal_models(seed: int) -> tuple[dict, dict]:
+    """Two models, right as often, on the same 100 items in eight languages; each is good at items of its own."""
+    draw = np.random.default_rng(seed)
+    able = draw.normal(size=(2, 1, 100)) + 0.5 * draw.normal(size=(2, 8, 100)) > 0
+    return tuple({f"l{n}": right for n, right in enumerate(model.astype(float))} for model in able)
+
+
+def test_translations_of_an_item_are_not_counted_as_so_many_items():
+    items = {f"l{n}": range(100) for n in range(8)}
+    apart, together = (
+        np.mean([compare(*equal_models(seed), seed, 300, items=these).p < 0.05 for seed in range(count)])
+        for these, count in ((None, 50), (items, 200))
+    )
+    assert apart > 0.25, "the rows are correlated enough for this test to mean anything"
+    assert 0.02 <= together <= 0.08
+    base, _ = equal_models(0)
+    wide, narrow = (bootstrap_interval(base, items=these) for these in (items, None))
+    spread = np.mean(list(base.values()), axis=0).std() / 10
+    assert wide[1] - wide[0] == pytest.approx(2 * 1.96 * spread, rel=0.1) and narrow[1] - narrow[0] < 0.6 * spread * 4
+
+
+def test_a_language_that_holds_a_part_of_the_items():
+    """The interval's width is that of the ratio estimator, whatever a language lacks."""
+    draw = np.random.default_rng(0)
+    effect = draw.normal(size=400)
+    scores = {"a": effect + 0.1 * draw.normal(size=400), "b": effect[:250] + 0.1 * draw.normal(size=250)}
+    items = {"a": range(400), "b": range(250)}
+    share = (scores["a"] - scores["a"].mean()) / 800
+    share[:250] += (scores["b"] - scores["b"].mean()) / 500
+    low, high = bootstrap_interval(scores, resamples=4000, items=items)
+    assert high - low == pytest.approx(2 * 1.96 * math.sqrt((share**2).sum()), rel=0.08)
+
+
+@pytest.mark.parametrize("items", [None, {"a": ["x", "y", "z", "u"], "b": ["v", "w"]}])
+def test_where_no_item_is_shared_rows_are_redrawn_within_groups(items):
+    scores = {"a": np.array([0.0, 1.0, 0.5, 0.2]), "b": np.array([1.0, 0.0])}
+    rng, means = np.random.default_rng(5), np.zeros(300)
+    for values in scores.values():
+        means += [values[rng.integers(len(values), size=len(values))].mean() for _ in range(300)]
+    expected = np.quantile(means / 2, [0.025, 0.975])
+    assert bootstrap_interval(scores, 5, 300, items=items) == pytest.approx(tuple(expected))

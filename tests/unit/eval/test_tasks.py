@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from cc_ds.eval.benchmarks import BENCHMARKS
+from cc_ds.eval.benchmarks import BENCHMARKS, resource_level
+from cc_ds.eval.metrics import chosen_option
 from cc_ds.eval.tasks import load_task
 
 SHARED = Path(__file__).parents[4] / "shared" / "data" / "benchmarks"
@@ -50,6 +51,24 @@ def test_folder_does_not_guess_where_rows_are_not_parallel(tmp_path, spoiled):
     assert english == [None, [{"role": "user", "content": "its own"}] if spoiled == "own" else None, None]
 
 
+def test_rows_of_one_item_share_its_name(tmp_path):
+    write(tmp_path / "en.jsonl", [{"prompt": f"q{i}", "answer": "x"} for i in range(3)])
+    write(tmp_path / "sw.jsonl", [{"prompt": f"s{i}", "answer": "x"} for i in range(3)])
+    paired = [row.item for row in load_task("paired", tmp_path).rows]
+    assert paired[:3] == paired[3:] and len(set(paired)) == 3
+    # In one file, in another order, one row without English.
+    rows = [{"prompt": f"s{i}", "prompt_en": f"q{i}", "answer": "x", "lang": "sw"} for i in (2, 0)]
+    rows.append({"prompt": "s1", "answer": "x", "lang": "sw"})
+    mixed = [row.item for row in load_task("mixed", write(tmp_path / "mixed.jsonl", rows)).rows]
+    assert mixed[:2] == [paired[2], paired[0]] and mixed[2] not in paired
+    # Without any English: by place.
+    (tmp_path / "en.jsonl").unlink()
+    (tmp_path / "mixed.jsonl").unlink()
+    write(tmp_path / "yo.jsonl", [{"prompt": f"y{i}", "answer": "x"} for i in range(3)])
+    placed = [row.item for row in load_task("placed", tmp_path).rows]
+    assert placed[:3] == placed[3:] and len(set(placed)) == 3
+
+
 def test_atlas_is_the_demo_test_split():
     from cc_ds.demo.atlas import build_atlas
 
@@ -80,6 +99,28 @@ def test_benchmark_folders(name, count):
             assert task.score(row, f"{other}. {row.options[other]}")["accuracy"] == 0, row
 
 
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the benchmarks (../shared/data/benchmarks) are not here")
+@pytest.mark.parametrize("name", ["MMMLU", "XNLI", "XStoryCloze"])
+def test_every_option_is_named_by_its_text_and_by_its_key(name):
+    forms = (
+        "{}",
+        "({})",
+        "{}.",
+        "**{}**",
+        "The answer is {}.",
+        "A única opção correta é {}",
+        "Bẹ́ẹ̀ni, {}",
+        "정답은 {}입니다",
+    )
+    for row in load_task(name, SHARED / name).rows:
+        texts = list(row.options.values())
+        for key, text in row.options.items():
+            for form in forms:
+                assert chosen_option(form.format(key), row.options) == key, (form, row)
+            if texts.count(text) == 1 and text not in row.options:
+                assert chosen_option(text, row.options) == key == chosen_option(f"{text}.", row.options), row
+
+
 def test_a_benchmark_brings_its_rules_and_checks_its_answers(tmp_path):
     prompt = "Nguzo: a\n(1) nani\n\n(1) ndiyo\n(2) hapana\n(3) sijui\n\nJibu:"
     task = load_task("xnli", write(tmp_path / "sw.jsonl", [{"prompt": prompt, "answer": "2"}]))
@@ -95,8 +136,18 @@ def test_mkqa_accepts_numbers_and_dates_as_people_write_them(tmp_path):
         assert task.score(task.rows[0], said)["accuracy"] == 1
     assert task.score(task.rows[0], "25 episodes") == {"accuracy": 1, "squad_em": 1, "f1": 1}
     assert task.score(task.rows[0], "1961")["accuracy"] == 0
+    german = load_task("MKQA", write(tmp_path / "de.jsonl", [{"prompt": "q", "answer": ["no"]}]))
+    assert german.score(german.rows[0], "Nein.") == {"accuracy": 1, "squad_em": 1, "f1": 1}
     plain = load_task("mine", tmp_path / "en.jsonl")
     assert plain.score(plain.rows[0], "25 episodes")["inclusion"] == 0
+
+
+def test_resource_levels():
+    assert [resource_level(code) for code in ("pt-BR", "zh_Hans_CN", "EN", "sw-KE", "und")] == [
+        *["high"] * 3,
+        "low",
+        "low",
+    ]
 
 
 def test_languages_and_metrics_are_chosen(tmp_path):

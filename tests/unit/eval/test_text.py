@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cc_ds.eval.text import answer_words, normalise, spellings, words
+from cc_ds.eval.text import answer_words, normalise, spellings, words, yes_or_no
 
 
 @pytest.mark.parametrize(
@@ -14,6 +14,7 @@ from cc_ds.eval.text import answer_words, normalise, spellings, words
         ("Straße", "strasse"),
         ("「東京」。", "東京"),
         ("１２３", "123"),
+        ("٣٫٥ و ۱۲", "3.5 و 12"),
         ("\u210co\u2115", "hon"),
         ("rock'n'roll", "rock n roll"),
         ("3.0", "3.0"),
@@ -46,6 +47,7 @@ def test_normalise(text, expected):
         ("สวัสดี ครับ", ["ส", "วั", "ส", "ดี", "ค", "รั", "บ"]),
         ("हिन्दी में", ["हिन्दी", "में"]),
         ("서울은 수도", ["서울은", "수도"]),
+        ("£3.5m, 1,000_x", ["3", "5m", "1", "000", "x"]),
         ("", []),
     ],
 )
@@ -65,6 +67,9 @@ def test_words(text, expected):
         ("zh", "《红楼梦》", ["红", "楼", "梦"]),
         ("en", "The", ["the"]),
         ("en", "%", ["%"]),
+        ("en", "$20 + C^3 ~ a|b", ["20", "c3", "ab"]),
+        ("en", "+", ["+"]),
+        ("de", "€20", ["€20"]),
         ("vi", "những con mèo", ["con", "mèo"]),
         ("xx", "a b", ["a", "b"]),
     ],
@@ -85,10 +90,43 @@ def test_answer_words(lang, text, expected):
         ("und", "1961-09-10", {"1961-09-10"}),
         ("en", "1961-13-10", {"1961-13-10"}),
         ("en", "11-14", {"11-14"}),
+        ("de", "no", {"no", "nein"}),
+        ("sw", "no", {"no"}),
     ],
 )
 def test_spellings(lang, answer, expected):
     assert set(spellings(answer, lang)) == expected
+
+
+@pytest.mark.parametrize(
+    ("lang", "text", "expected"),
+    [
+        ("de", "Nein, das gibt es nicht.", "no"),
+        ("de", "Yes.", "yes"),
+        ("en", "Yes, there is no other", "yes"),
+        ("en", "I don't know, nobody knows", None),
+        ("pt", "No Brasil, sim", "yes"),
+        ("ru", "когда", None),
+        ("ru", "Нет", "no"),
+        ("ar", "لا، لم يكن", "no"),
+        ("ar", "الولادة", None),
+        ("ko", "네덜란드", None),
+        ("ko", "네, 있습니다", "yes"),
+        ("ja", "いいえ、ありません", "no"),
+        ("zh", "不是", "no"),
+        ("zh", "答案是否定的", "no"),
+        ("zh", "是的，有", "yes"),
+        ("tr", "Hayır", "no"),
+        ("vi", "Không có", "no"),
+        ("xx", "Nein", None),
+    ],
+)
+def test_yes_and_no(lang, text, expected):
+    assert yes_or_no(text, lang) == expected
+
+
+def test_yes_and_no_alone():
+    assert yes_or_no("Nein.", "de", whole=True) == "no" and yes_or_no("nein danke", "de", whole=True) is None
 
 
 def test_dates_are_spelt_in_the_language():

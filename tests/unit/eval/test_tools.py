@@ -82,7 +82,7 @@ def test_fit_with_few_pairs_warns_with_numbers(model_folder, pairs_file, tmp_pat
 def test_evaluate_takes_the_transform_where_there_is_one(model_folder, fitted, pairs_file, tmp_path, capsys):
     modes = {}
     for folder, more in ((model_folder, []), (fitted, []), (fitted, ["--mode", "english"])):
-        output = tmp_path / "results"
+        output = tmp_path / f"results{len(modes)}"
         arguments = ["--model", folder, "--data", pairs_file, "--task", "numbers", "--max_new_tokens", "4"]
         evaluate_tool.main(
             [str(a) for a in [*arguments, "--output_dir", output, "--limit", "2", "--device", "cpu", *more]]
@@ -95,7 +95,32 @@ def test_evaluate_takes_the_transform_where_there_is_one(model_folder, fitted, p
     assert modes["plain"]["settings"]["max_new_tokens"] == 4 and modes["plain"]["ranks"] == 1
     printed = capsys.readouterr().out
     assert "macro" in printed and (output / "numbers.txt").read_text(encoding="utf-8") in printed
-    assert (output / "numbers.png").exists() and len(lines_of(output / "numbers.answers" / "rank-00000.jsonl")) == 12
+    assert (output / "numbers.png").exists() and len(lines_of(output / "numbers.answers" / "rank-00000.jsonl")) == 4
+
+
+def test_evaluate_writes_over_no_result_of_another_mode_or_model(model_folder, fitted, pairs_file, tmp_path):
+    def asked(folder, *more: str) -> str:
+        arguments = [
+            "--model",
+            folder,
+            "--data",
+            pairs_file,
+            "--task",
+            "numbers",
+            "--max_new_tokens",
+            "2",
+            "--limit",
+            "1",
+        ]
+        evaluate_tool.main([str(a) for a in [*arguments, "--device", "cpu", "--output_dir", tmp_path / "out", *more]])
+        return (tmp_path / "out" / "numbers.json").read_text(encoding="utf-8")
+
+    first = asked(fitted)
+    for folder, more in ((fitted, ["--mode", "plain"]), (model_folder, [])):
+        with pytest.raises(ValueError, match=r"numbers.json is the result of mode transform of .*another --output_dir"):
+            asked(folder, *more)
+    assert (tmp_path / "out" / "numbers.json").read_text(encoding="utf-8") == first
+    assert json.loads(asked(fitted, "--limit", "2"))["macro"]["rows"] == 4, "the same run goes on"
 
 
 def test_evaluate_asks_several_tasks_and_compare_sets_runs_beside_each_other(fitted, pairs_file, tmp_path, capsys):
