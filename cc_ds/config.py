@@ -258,12 +258,15 @@ def parse_command_line(argv: list[str]) -> dict[str, str | list[str]]:
         if not word.startswith("--"):
             raise ValueError(f"command line: {word!r} is not an option; options look like --learning_rate 1e-5")
         key, equals, value = word[2:].partition("=")
+        key = key.replace("-", "_")
+        if key in result:
+            raise ValueError(f"command line: --{key} is given twice; several values follow one --{key}")
         position += 1
         values = [value] if equals else []
         while not equals and position < len(argv) and not argv[position].startswith("--"):
             values.append(argv[position])
             position += 1
-        result[key.replace("-", "_")] = values[0] if len(values) == 1 else values or "true"
+        result[key] = values[0] if len(values) == 1 else values or "true"
     return result
 
 
@@ -271,10 +274,10 @@ def read_yaml(path: str) -> dict[str, Any]:
     """A YAML file of flat keys.
 
     Raises:
-        ValueError: it can't be read, is not YAML, or is not a mapping.
+        ValueError: it can't be read, is not YAML, is not a mapping, or gives a key twice.
     """
     try:
-        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        loaded = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
     except OSError as error:
         raise ValueError(f"{path}: can't be read ({error.strerror}); give --config an existing YAML file") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -282,6 +285,20 @@ def read_yaml(path: str) -> dict[str, Any]:
     if not isinstance(loaded, dict):
         raise ValueError(f"{path}: expected `key: value` lines")
     return loaded
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML forbids a key twice in a mapping; PyYAML keeps the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """As SafeLoader's. Raises yaml.YAMLError: a key that is given twice, with its line."""
+        seen: set[str] = set()
+        for key, _ in node.value:
+            name = str(key.value)
+            if name in seen:
+                raise yaml.constructor.ConstructorError(problem=f"{name} is given twice", problem_mark=key.start_mark)
+            seen.add(name)
+        return super().construct_mapping(node, deep)
 
 
 def from_dict(cls: type, values: dict[str, Any], source: str) -> Any:

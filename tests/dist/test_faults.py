@@ -20,7 +20,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from .conftest import REPOSITORY, read_metrics
+from .conftest import REPOSITORY, config_option, read_metrics
 
 pytestmark = pytest.mark.slow
 STEPS = 24
@@ -86,11 +86,13 @@ class Run:
 
 
 @pytest.fixture(scope="module")
-def command(base_command, tmp_path_factory) -> list[str]:
-    config = tmp_path_factory.mktemp("faults") / "zero3.json"
-    config.write_text(json.dumps({"zero_optimization": {"stage": 3}}), encoding="utf-8")
-    return [*base_command, "--deepspeed", str(config), "--max_steps", str(STEPS), "--per_device_train_batch_size", "2",
-            "--save_steps", "8", "--gradient_accumulation_steps", "2"]  # fmt: skip
+def command(base_settings, tmp_path_factory) -> list[str]:
+    folder = tmp_path_factory.mktemp("faults")
+    zero3 = folder / "zero3.json"
+    zero3.write_text(json.dumps({"zero_optimization": {"stage": 3}}), encoding="utf-8")
+    ours = {"deepspeed": str(zero3), "max_steps": STEPS, "per_device_train_batch_size": 2, "save_steps": 8,
+            "gradient_accumulation_steps": 2}  # fmt: skip
+    return config_option(base_settings | ours, folder)
 
 
 @pytest.fixture(scope="module")

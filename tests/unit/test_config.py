@@ -53,6 +53,8 @@ def test_nothing_can_be_changed():
         (["--per_device_train_batch_size", "0"], "per_device_train_batch_size is 0, expected 1 or more"),
         (["--column_map", "prompt"], "column_map is 'prompt', expected"),
         (["stray"], "output_dir is"),
+        (["--train_file", "b.jsonl"], "--train_file is given twice; several values follow one --train_file"),
+        (["--train-file=b.jsonl"], "--train_file is given twice"),
         (["--config", "nowhere.yaml"], "nowhere.yaml: can't be read"),
     ],
 )
@@ -67,6 +69,8 @@ def test_mistakes_on_the_command_line(arguments, message):
         ("learning_rat: 1\n", "run.yaml: unknown key 'learning_rat'; did you mean 'learning_rate'"),
         ("a: [\n", "run.yaml: not YAML"),
         ("- a\n", "run.yaml: expected `key: value` lines"),
+        ("seed: 1\nmax_steps: 1\nseed: 2\n", r"run.yaml: .*seed is given twice\s+in .*, line 3"),
+        ("column_map: {prompt: a, prompt: b}\n", "run.yaml: .*prompt is given twice"),
         ("max_steps: [1]\n", r"run.yaml: max_steps is \[1\], expected int"),
     ],
 )
