@@ -145,8 +145,10 @@ class TrainConfig:
     learning_rate, as in the paper."""
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
     """After the warm-up."""
-    warmup_ratio: float = 0.03
-    """Share of the steps over which the learning rate rises from 0."""
+    warmup_ratio: float | None = None
+    """Share of the steps over which the learning rate rises from 0; None: 0.03, unless warmup_steps is given."""
+    warmup_steps: int | None = None
+    """The same in steps; one of the two is enough."""
     weight_decay: float = 0.0
     """AdamW's; not on norms and biases."""
     adam_beta1: float = 0.9
@@ -172,8 +174,8 @@ class TrainConfig:
     save_keep_every: int = 0
     """Checkpoints whose step is a multiple of this are kept for ever; 0: none."""
     resume_from_checkpoint: str | None = None
-    """A checkpoint folder, or "latest" for the newest whole one in output_dir. Another number of ranks may have written
-    it (cc_ds/resume.py)."""
+    """A checkpoint folder, or "latest" (or no value): the newest whole one in output_dir. Another number of ranks may
+    have written it (cc_ds/resume.py)."""
     verify_checkpoint: Literal["digests", "sizes"] = "digests"
     """Before a resume: read every file and compare its SHA-256, each rank its share; or compare sizes alone."""
     stop_after_steps: int = 0
@@ -208,11 +210,21 @@ class TrainConfig:
         guards = ("weight_decay", "step_timeout", "max_skipped_steps", "loss_spike")
         for name in (*zero_or_more, *guards):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
-        _require(0 <= self.warmup_ratio <= 1, "warmup_ratio", self.warmup_ratio, "between 0 and 1")
+        ratio, steps = self.warmup_ratio, self.warmup_steps
+        _require(ratio is None or 0 <= ratio <= 1, "warmup_ratio", ratio, "between 0 and 1")
+        _require(steps is None or steps >= 0, "warmup_steps", steps, "0 or more")
+        if ratio is not None and steps is not None:
+            raise ValueError("warmup_ratio and warmup_steps are both given: leave one out, or say none for the file's")
 
     def rows_per_step(self, ranks: int) -> int:
         """Rows of an optimiser step, over all micro-batches and data-parallel ranks."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps * ranks
+
+    def warmup(self, total_steps: int) -> int:
+        """Steps over which the learning rate rises from 0."""
+        if self.warmup_steps is not None:
+            return self.warmup_steps
+        return round((0.03 if self.warmup_ratio is None else self.warmup_ratio) * total_steps)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -240,6 +252,7 @@ def load_config(argv: list[str]) -> Config:
     values: dict[str, tuple[Any, str]] = {}
     path = overrides.pop("config", None)
     if path is not None:
+        _require(isinstance(path, str), "config", path, "one YAML file")
         values |= {key: (value, path) for key, value in read_yaml(path).items()}
     values |= {key: (value, "command line") for key, value in overrides.items()}
     known = {item.name for part in _PARTS.values() for item in dataclasses.fields(part)}
@@ -249,9 +262,13 @@ def load_config(argv: list[str]) -> Config:
     return Config(**{name: _build(part, values) for name, part in _PARTS.items()})
 
 
-def parse_command_line(argv: list[str]) -> dict[str, str | list[str]]:
+_BARE = {"resume_from_checkpoint": "latest"}
+"""What an option says without a value, where that is not true."""
+
+
+def parse_command_line(argv: list[str]) -> dict[str, str | list[str] | bool]:
     """`--key value`, `--key=value`, `--key v1 v2`, or a bare `--flag` for true; dashes and underscores are alike."""
-    result: dict[str, str | list[str]] = {}
+    result: dict[str, str | list[str] | bool] = {}
     position = 0
     while position < len(argv):
         word = argv[position]
@@ -266,7 +283,7 @@ def parse_command_line(argv: list[str]) -> dict[str, str | list[str]]:
         while not equals and position < len(argv) and not argv[position].startswith("--"):
             values.append(argv[position])
             position += 1
-        result[key] = values[0] if len(values) == 1 else values or "true"
+        result[key] = values[0] if len(values) == 1 else values or _BARE.get(key, True)
     return result
 
 
