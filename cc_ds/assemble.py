@@ -50,7 +50,7 @@ def build_data(config: Config, group: Group) -> RunData:
     )
     template = load_template(tokenizer, model.chat_template)
 
-    def read(files: tuple[str, ...]) -> Dataset:
+    def read(files: tuple[str, ...], require_english: bool = False) -> Dataset:
         rows, summary = load_tokenised(
             files,
             tokenizer,
@@ -60,6 +60,7 @@ def build_data(config: Config, group: Group) -> RunData:
             on_long=data.on_long,
             on_bad_row=data.on_bad_row,
             column_map=data.column_map,
+            require_english=require_english,
             cache_dir=data.data_cache_dir,
         )
         if group.is_main:
@@ -67,7 +68,7 @@ def build_data(config: Config, group: Group) -> RunData:
         return rows
 
     with main_first(group, "tokenising"):
-        train = read(data.train_file)
+        train = read(data.train_file, require_english=config.train.method == "cc")
         validation = read(data.validation_file) if data.validation_file else None
     return RunData(tokenizer, template, train, validation)
 

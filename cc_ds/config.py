@@ -236,6 +236,13 @@ class Config:
     cc: CCConfig
     train: TrainConfig
 
+    def __post_init__(self) -> None:
+        if self.train.eval_steps and not self.data.validation_file:
+            raise ValueError(
+                f"eval_steps is {self.train.eval_steps}, but there is nothing to evaluate: give --validation_file, or "
+                "leave eval_steps out"
+            )
+
 
 _PARTS: dict[str, type] = {"model": ModelConfig, "data": DataConfig, "cc": CCConfig, "train": TrainConfig}
 
@@ -244,8 +251,8 @@ def load_config(argv: list[str]) -> Config:
     """`--config x.yaml --key value ...` -> Config. `--local_rank=N`, which DeepSpeed's launcher adds, is dropped.
 
     Raises:
-        ValueError: an unknown key, a value of the wrong type, a missing required key, a file that can't be read. The
-            message names the key and where it stood.
+        ValueError: an unknown key, a value of the wrong type, a missing required key, one that would do nothing, a file
+            that can't be read. The message names the key and where it stood.
     """
     overrides = parse_command_line(argv)
     overrides.pop("local_rank", None)
@@ -259,6 +266,11 @@ def load_config(argv: list[str]) -> Config:
     for key, (_, source) in values.items():
         if key not in known:
             raise ValueError(f"{source}: unknown key {key!r}{_nearest(key, known)}")
+        if key.startswith("lora_") and "lora_rank" not in values:
+            raise ValueError(
+                f"{source}: {key} is given without lora_rank, which would train all weights: give --lora_rank 16, for "
+                f"example, or leave {key} out"
+            )
     return Config(**{name: _build(part, values) for name, part in _PARTS.items()})
 
 

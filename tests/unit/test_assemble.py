@@ -6,7 +6,7 @@ import pytest
 import tiny_models
 import torch
 
-from cc_ds import CCModelForCausalLM
+from cc_ds import CCModelForCausalLM, assemble
 from cc_ds.assemble import build_data, build_model
 from cc_ds.config import load_config
 from cc_ds.dist.group import Group
@@ -19,6 +19,22 @@ def test_what_tensor_parallelism_does_not_go_with(option, tmp_path):
     config = load_config([*options, "--tensor_parallel_size", "2", *option])
     with pytest.raises(ValueError, match=f"{option[0][2:]} does not go with tensor_parallel_size"):
         build_model(config, Group.alone())
+
+
+@pytest.mark.parametrize("method", ["cc", "sft"])
+def test_cc_needs_english(method, tmp_path, monkeypatch):
+    asked = {}
+
+    def load_tokenised(files, *_, require_english, **__):
+        asked[files] = require_english
+        return None, None
+
+    monkeypatch.setattr(assemble, "load_tokenised", load_tokenised)
+    monkeypatch.setattr(assemble, "load_template", lambda *_: None)
+    monkeypatch.setattr(assemble.export, "load_part", lambda *_, **__: None)
+    options = ["--model_name_or_path", "m", "--output_dir", str(tmp_path), "--method", method]
+    build_data(load_config([*options, "--train_file", "a", "--validation_file", "b"]), Group.alone())
+    assert asked == {("a",): method == "cc", ("b",): False}
 
 
 def build(folder, output, *options):

@@ -53,6 +53,13 @@ def test_resume_without_a_value_is_the_latest():
     assert config.train.resume_from_checkpoint == "latest" and config.train.bf16 is True
 
 
+def test_what_needs_another_setting_and_has_it():
+    config = load_config([*REQUIRED, "--eval_steps", "5", "--validation_file", "b.jsonl"])
+    assert config.train.eval_steps == 5
+    config = load_config([*REQUIRED, "--lora_rank", "0", "--lora_alpha", "8"])  # all weights, and said so
+    assert config.model.lora_rank == 0
+
+
 def test_nothing_can_be_changed():
     with pytest.raises(dataclasses.FrozenInstanceError):
         load_config(REQUIRED).train.seed = 3
@@ -73,6 +80,9 @@ def test_nothing_can_be_changed():
         (["--per_device_train_batch_size", "0"], "per_device_train_batch_size is 0, expected 1 or more"),
         (["--column_map", "prompt"], "column_map is 'prompt', expected"),
         (["stray"], "output_dir is"),
+        (["--lora_alpha", "16"], "lora_alpha is given without lora_rank, .* give --lora_rank 16, .* or leave lora_"),
+        (["--lora_target_modules", "q_proj"], "lora_target_modules is given without lora_rank"),
+        (["--eval_steps", "5"], "eval_steps is 5, .*: give --validation_file, or leave eval_steps out"),
         (["--deepspeed"], "command line: deepspeed is True, expected str"),
         (["--config"], "config is True, expected one YAML file"),
         (["--warmup_ratio", "0.1", "--warmup_steps", "5"], "warmup_ratio and warmup_steps are both given: leave one"),
