@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 from torch import Tensor
@@ -91,7 +92,8 @@ class Trainer:
         layers = engine.module.config.num_hidden_layers
         cost = row_cost(engine.module, config.cc.english_grad)
         self.feed = StepFeed(train_rows, group, config, pad_token_id, layers, cost)
-        self.window = Window(group, sorted(set(train_rows["lang"])), layers)
+        languages = pc.unique(train_rows.with_format("arrow")["lang"]).to_pylist()  # no row becomes a Python object
+        self.window = Window(group, sorted(languages), layers)
         self.telemetry: Telemetry | None = None
         self.guard = Guard(group, train)
         self.watchdog = Watchdog(Path(train.output_dir) / "logs" / f"rank{group.rank}.log", train.step_timeout)
@@ -141,6 +143,7 @@ class Trainer:
         """
         config = self.train_config
         self.telemetry = Telemetry(config.output_dir, self.group, self.step)
+        self.window.reset()  # its clock has run since before the checkpoint was loaded
         self.engine.train()
         self.watchdog.start()
         request = Request.NONE
@@ -177,7 +180,8 @@ class Trainer:
         """The loss per target token on the validation rows, noise off; nothing without such rows."""
         if self.eval_rows is None:
             return
-        loss = self.evaluate()
+        with self.window.paused():
+            loss = self.evaluate()
         self.telemetry.write(self.step, {"eval_loss": loss})
         log.info("step %d/%d  eval_loss %.4f", self.step, self.total_steps, loss)
 
@@ -200,15 +204,16 @@ class Trainer:
         """A checkpoint at this step."""
         state = {"step": self.step, "data": self.feed.state_dict(), "seed": self.train_config.seed}
         state |= layout_state(self.engine, self.group, self.config)
-        path = save_checkpoint(
-            self.engine,
-            self.group,
-            self.run,
-            state,
-            keep=self.train_config.save_total_limit,
-            keep_every=self.train_config.save_keep_every,
-            describe=self.describe,
-        )
+        with self.window.paused():
+            path = save_checkpoint(
+                self.engine,
+                self.group,
+                self.run,
+                state,
+                keep=self.train_config.save_total_limit,
+                keep_every=self.train_config.save_keep_every,
+                describe=self.describe,
+            )
         self.run.step = self.step
         self.watchdog.beat(self.step)
         log.info("step %d/%d  saved %s", self.step, self.total_steps, path)
