@@ -147,6 +147,15 @@ def test_usr1(run, undisturbed):
     goes_on_as_if_nothing_had_happened(run, undisturbed, from_step=state["step"])
 
 
+def test_term_during_an_evaluation(run, undisturbed, rows_file):
+    evaluate = ["--eval_steps", "11", "--validation_file", str(rows_file), "--per_device_eval_batch_size", "1"]
+    ended = run.to_end("term_eval@11:1", *evaluate)
+    assert ended.code == 0, ended.text[-9000:]
+    assert run.state()["state"] == "terminated" and run.kept() == [8, 11]
+    assert all("step 11/24  not evaluated: asked to end" in run.log(rank) for rank in (0, 1))
+    goes_on_as_if_nothing_had_happened(run, undisturbed, from_step=11)
+
+
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_a_nan_step_is_skipped_on_every_rank(run, stage, tmp_path):
     config = tmp_path / "zero.json"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +15,7 @@ from cc_ds import telemetry, trainer
 from cc_ds.config import load_config
 from cc_ds.dist import signals
 from cc_ds.dist.group import Group
-from cc_ds.dist.signals import Requests
+from cc_ds.dist.signals import Request, Requests
 from cc_ds.models.attention import PACKED
 from cc_ds.run_state import RunState
 from cc_ds.trainer import Trainer
@@ -113,6 +115,48 @@ def run(tmp_path, monkeypatch, clock):
     yield make
     for requests in listening:
         requests.close()
+
+
+def test_a_checkpoint_comes_before_an_evaluation(run):
+    made, done = run("--save_steps", "2", "--eval_steps", "2")
+    assert made.train() is Request.NONE
+    assert done == ["save 2", "evaluate 2", "save 4", "evaluate 4", "save 6", "evaluate 6"]
+    assert made.engine.module.training
+
+
+@pytest.mark.parametrize("save_steps", ["0", "2"])
+def test_a_signal_during_an_evaluation_ends_it(save_steps, run):
+    made, done = run("--save_steps", save_steps, "--eval_steps", "2")
+    made.during = lambda: os.kill(os.getpid(), signal.SIGTERM)
+    assert made.train() is Request.TERMINATE
+    assert sorted(done) == ["leave out 2", "save 2"], "a checkpoint, and one alone"
+
+
+def test_who_is_asked_to_end_evaluates_no_more(run, tmp_path):
+    made, done = run("--eval_steps", "1")
+    (tmp_path / "stop_now").touch()
+    assert made.train() is Request.STOP
+    assert done == ["save 1", "leave out 1"]
+
+
+def test_asked_to_end_during_the_last_evaluation(run):
+    made, done = run()
+    made.during = lambda: os.kill(os.getpid(), signal.SIGUSR1)
+    assert made.train() is Request.NONE, "what is left is to write the model"
+    assert done == ["leave out 6", "save 6"]
+
+
+def test_a_checkpoint_asked_for_during_an_evaluation_is_made(run, tmp_path):
+    made, done = run("--eval_steps", "4")
+    made.during = lambda: made.step == 4 and (tmp_path / "save_now").touch()
+    assert made.train() is Request.NONE
+    assert done == ["evaluate 4", "save 5", "evaluate 6"]
+
+
+def test_stop_after_steps(run):
+    made, done = run("--eval_steps", "2", "--stop_after_steps", "2")
+    assert made.train() is Request.NONE
+    assert done == ["save 2", "evaluate 2"]
 
 
 def test_speed_is_that_of_the_steps_alone(run, clock, monkeypatch):
