@@ -67,7 +67,7 @@ def build_data(config: Config, group: Group) -> RunData:
     )
     template = load_template(tokenizer, model.chat_template)
 
-    def read(files: tuple[str, ...], split: str | tuple[str, ...]) -> Dataset:
+    def read(files: tuple[str, ...], split: str | tuple[str, ...], require_english: bool = False) -> Dataset:
         rows, summary = load_tokenised(
             files,
             tokenizer,
@@ -78,6 +78,7 @@ def build_data(config: Config, group: Group) -> RunData:
             on_bad_row=data.on_bad_row,
             column_map=data.column_map,
             split=split,
+            require_english=require_english,
             cache_dir=data.data_cache_dir,
         )
         if group.is_main:
@@ -85,7 +86,7 @@ def build_data(config: Config, group: Group) -> RunData:
         return rows
 
     with main_first(group, "tokenising"):
-        train = read(data.train_file, "train")
+        train = read(data.train_file, "train", require_english=config.train.method == "cc")
         # Never the train split: its loss would say nothing new.
         validation = read(data.validation_file, ("validation", "test")) if data.validation_file else None
     return RunData(tokenizer, template, train, validation)

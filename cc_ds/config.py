@@ -150,8 +150,10 @@ class TrainConfig:
     learning_rate, as in the paper."""
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
     """After the warm-up."""
-    warmup_ratio: float = 0.03
-    """Share of the steps over which the learning rate rises from 0."""
+    warmup_ratio: float | None = None
+    """Share of the steps over which the learning rate rises from 0; None: 0.03, unless warmup_steps is given."""
+    warmup_steps: int | None = None
+    """The same in steps; one of the two is enough."""
     weight_decay: float = 0.0
     """AdamW's; not on norms and biases."""
     adam_beta1: float = 0.9
@@ -177,8 +179,8 @@ class TrainConfig:
     save_keep_every: int = 0
     """Checkpoints whose step is a multiple of this are kept for ever; 0: none."""
     resume_from_checkpoint: str | None = None
-    """A checkpoint folder, or "latest" for the newest whole one in output_dir. Another number of ranks may have written
-    it (cc_ds/resume.py)."""
+    """A checkpoint folder, or "latest" (or no value): the newest whole one in output_dir. Another number of ranks may
+    have written it (cc_ds/resume.py)."""
     verify_checkpoint: Literal["digests", "sizes"] = "digests"
     """Before a resume: read every file and compare its SHA-256, each rank its share; or compare sizes alone."""
     stop_after_steps: int = 0
@@ -213,11 +215,21 @@ class TrainConfig:
         guards = ("weight_decay", "step_timeout", "max_skipped_steps", "loss_spike")
         for name in (*zero_or_more, *guards):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
-        _require(0 <= self.warmup_ratio <= 1, "warmup_ratio", self.warmup_ratio, "between 0 and 1")
+        ratio, steps = self.warmup_ratio, self.warmup_steps
+        _require(ratio is None or 0 <= ratio <= 1, "warmup_ratio", ratio, "between 0 and 1")
+        _require(steps is None or steps >= 0, "warmup_steps", steps, "0 or more")
+        if ratio is not None and steps is not None:
+            raise ValueError("warmup_ratio and warmup_steps are both given: leave one out, or say none for the file's")
 
     def rows_per_step(self, ranks: int) -> int:
         """Rows of an optimiser step, over all micro-batches and data-parallel ranks."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps * ranks
+
+    def warmup(self, total_steps: int) -> int:
+        """Steps over which the learning rate rises from 0."""
+        if self.warmup_steps is not None:
+            return self.warmup_steps
+        return round((0.03 if self.warmup_ratio is None else self.warmup_ratio) * total_steps)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -231,6 +243,13 @@ class Config:
     given: frozenset[str] = frozenset()
     """Keys that the user gave; the others have their defaults."""
 
+    def __post_init__(self) -> None:
+        if self.train.eval_steps and not self.data.validation_file:
+            raise ValueError(
+                f"eval_steps is {self.train.eval_steps}, but there is nothing to evaluate: give --validation_file, or "
+                "leave eval_steps out"
+            )
+
 
 _PARTS: dict[str, type] = {"model": ModelConfig, "data": DataConfig, "cc": CCConfig, "train": TrainConfig}
 
@@ -239,38 +258,51 @@ def load_config(argv: list[str]) -> Config:
     """`--config x.yaml --key value ...` -> Config. `--local_rank=N`, which DeepSpeed's launcher adds, is dropped.
 
     Raises:
-        ValueError: an unknown key, a value of the wrong type, a missing required key, a file that can't be read. The
-            message names the key and where it stood.
+        ValueError: an unknown key, a value of the wrong type, a missing required key, one that would do nothing, a file
+            that can't be read. The message names the key and where it stood.
     """
     overrides = parse_command_line(argv)
     overrides.pop("local_rank", None)
     values: dict[str, tuple[Any, str]] = {}
     path = overrides.pop("config", None)
     if path is not None:
+        _require(isinstance(path, str), "config", path, "one YAML file")
         values |= {key: (value, path) for key, value in read_yaml(path).items()}
     values |= {key: (value, "command line") for key, value in overrides.items()}
     known = {item.name for part in _PARTS.values() for item in dataclasses.fields(part)}
     for key, (_, source) in values.items():
         if key not in known:
             raise ValueError(f"{source}: unknown key {key!r}{_nearest(key, known)}")
+        if key.startswith("lora_") and "lora_rank" not in values:
+            raise ValueError(
+                f"{source}: {key} is given without lora_rank, which would train all weights: give --lora_rank 16, for "
+                f"example, or leave {key} out"
+            )
     return Config(**{name: _build(part, values) for name, part in _PARTS.items()}, given=frozenset(values))
 
 
-def parse_command_line(argv: list[str]) -> dict[str, str | list[str]]:
+_BARE = {"resume_from_checkpoint": "latest"}
+"""What an option says without a value, where that is not true."""
+
+
+def parse_command_line(argv: list[str]) -> dict[str, str | list[str] | bool]:
     """`--key value`, `--key=value`, `--key v1 v2`, or a bare `--flag` for true; dashes and underscores are alike."""
-    result: dict[str, str | list[str]] = {}
+    result: dict[str, str | list[str] | bool] = {}
     position = 0
     while position < len(argv):
         word = argv[position]
         if not word.startswith("--"):
             raise ValueError(f"command line: {word!r} is not an option; options look like --learning_rate 1e-5")
         key, equals, value = word[2:].partition("=")
+        key = key.replace("-", "_")
+        if key in result:
+            raise ValueError(f"command line: --{key} is given twice; several values follow one --{key}")
         position += 1
         values = [value] if equals else []
         while not equals and position < len(argv) and not argv[position].startswith("--"):
             values.append(argv[position])
             position += 1
-        result[key.replace("-", "_")] = values[0] if len(values) == 1 else values or "true"
+        result[key] = values[0] if len(values) == 1 else values or _BARE.get(key, True)
     return result
 
 
@@ -278,10 +310,10 @@ def read_yaml(path: str) -> dict[str, Any]:
     """A YAML file of flat keys.
 
     Raises:
-        ValueError: it can't be read, is not YAML, or is not a mapping.
+        ValueError: it can't be read, is not YAML, is not a mapping, or gives a key twice.
     """
     try:
-        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        loaded = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
     except OSError as error:
         raise ValueError(f"{path}: can't be read ({error.strerror}); give --config an existing YAML file") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -289,6 +321,20 @@ def read_yaml(path: str) -> dict[str, Any]:
     if not isinstance(loaded, dict):
         raise ValueError(f"{path}: expected `key: value` lines")
     return loaded
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML forbids a key twice in a mapping; PyYAML keeps the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """As SafeLoader's. Raises yaml.YAMLError: a key that is given twice, with its line."""
+        seen: set[str] = set()
+        for key, _ in node.value:
+            name = str(key.value)
+            if name in seen:
+                raise yaml.constructor.ConstructorError(problem=f"{name} is given twice", problem_mark=key.start_mark)
+            seen.add(name)
+        return super().construct_mapping(node, deep)
 
 
 def from_dict(cls: type, values: dict[str, Any], source: str) -> Any:

@@ -37,7 +37,7 @@ class RunState:
     def __init__(self, output_dir: str | Path, group: Group) -> None:
         self.output_dir = Path(output_dir)
         self.generation: int = group.main_only(lambda: _claim(self.output_dir / "generations"))
-        self.step = 0
+        self.step = 0  # of the newest checkpoint
         if group.is_main:
             self.write("running")
 

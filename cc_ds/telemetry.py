@@ -11,7 +11,8 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -118,6 +119,14 @@ class Window:
         self.choices.zero_()
         self.steps = self.english_tokens = 0
         self.started = time.perf_counter()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is done in the block, an evaluation or a checkpoint, takes none of the window's time."""
+        self.sums.tolist()  # the device has done the steps before it
+        began = time.perf_counter()
+        yield
+        self.started += time.perf_counter() - began
 
     @torch.no_grad()
     def add_batch(self, output: CCOutput, batch: PackedBatch) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 from torch import Tensor
@@ -88,11 +89,13 @@ class Trainer:
         self.gather_orders = GatherOrders(engine)
         self.eval_rows, self.pad_token_id = eval_rows, pad_token_id
         self.step = 0
+        self.request = Request.NONE  # asked for and not yet done
         self.total_steps = count_steps(config, len(train_rows), group.data_size)
         layers = engine.module.config.num_hidden_layers
         cost = row_cost(engine.module, config.cc.english_grad)
         self.feed = StepFeed(train_rows, group, config, pad_token_id, layers, cost)
-        self.window = Window(group, sorted(set(train_rows["lang"])), layers)
+        languages = pc.unique(train_rows.with_format("arrow")["lang"]).to_pylist()  # no row becomes a Python object
+        self.window = Window(group, sorted(languages), layers)
         self.telemetry: Telemetry | None = None
         self.guard = Guard(group, train)
         self.watchdog = Watchdog(Path(train.output_dir) / "logs" / f"rank{group.rank}.log", train.step_timeout)
@@ -142,9 +145,9 @@ class Trainer:
         """
         config = self.train_config
         self.telemetry = Telemetry(config.output_dir, self.group, self.step)
+        self.window.reset()  # its clock has run since before the checkpoint was loaded
         self.engine.train()
         self.watchdog.start()
-        request = Request.NONE
         last = min(self.total_steps, config.stop_after_steps or self.total_steps)
         bar = tqdm(
             total=self.total_steps,
@@ -153,64 +156,78 @@ class Trainer:
             unit="step",
             disable=config.disable_tqdm or not self.group.is_main,
         )
-        while self.step < last and request < Request.PREEMPT:
+        while self.step < last and self.request < Request.PREEMPT:
             learning_rate = self.engine.get_lr()[0]
             self.train_step()
             self.watchdog.beat(self.step)
-            request = self.requests.poll()
+            self._poll()
             bar.update()
             if self._due(config.logging_steps):
                 bar.set_postfix(loss=f"{self._log(learning_rate):.3f}")
+            # Before an evaluation, which may take longer than whoever asks for the run's end waits.
+            if self._due(config.save_steps or math.inf) or self.request or self.step == last < self.total_steps:
+                self.save()
             if self.step < self.total_steps and config.eval_steps and self._due(config.eval_steps):
                 self.log_evaluation()
-            stops = self.step < self.total_steps and (self.step == last or request >= Request.PREEMPT)
-            if self._due(config.save_steps or math.inf) or request is Request.SAVE or stops:
-                self.save()
         bar.close()
         if self.step == self.total_steps:
             self.log_evaluation()
+        if self.request:  # during an evaluation
+            self.save()
         self.telemetry.close()
         self.feed.close()
         self.watchdog.stop()
-        return request if self.step < self.total_steps else Request.NONE
+        return self.request if self.step < self.total_steps else Request.NONE
 
     def log_evaluation(self) -> None:
-        """The loss per target token on the validation rows, noise off; nothing without such rows."""
+        """The loss per target token on the validation rows, noise off; nothing without such rows, or on the way out."""
         if self.eval_rows is None:
             return
-        loss = self.evaluate()
+        self.engine.eval()
+        with self.window.paused():
+            loss = self.evaluate()
+        self.engine.train()
+        if loss is None:
+            log.info("step %d/%d  not evaluated: asked to end", self.step, self.total_steps)
+            return
         self.telemetry.write(self.step, {"eval_loss": loss})
         log.info("step %d/%d  eval_loss %.4f", self.step, self.total_steps, loss)
 
     @torch.no_grad()
-    def evaluate(self) -> float:
-        """The mean loss per target token over all validation rows and ranks."""
-        self.engine.eval()
+    def evaluate(self) -> float | None:
+        """The mean loss per target token over all validation rows and ranks; None: asked to end before it was known."""
         total = torch.zeros(2, dtype=torch.float64, device=self.group.device)
         connect = self.train_config.method == "cc"
         for rows, counts, most_labels in self._eval_batches():
             self.watchdog.beat(self.step)
+            self._poll()
+            if self.request >= Request.PREEMPT:
+                return None
             batch = pack(rows, self.pad_token_id, connect, most_labels).to(self.group.device)
             loss = self.engine(packed=batch, num_items_in_batch=1).loss.double()
             total += counts * torch.stack([loss, loss.new_tensor(len(batch.labels))])
-        self.engine.train()
         loss, tokens = self.group.sum(total).tolist()
         return loss / max(tokens, 1)
 
     def save(self) -> None:
-        """A checkpoint at this step."""
+        """A checkpoint at this step, unless it has one."""
+        if self.request is Request.SAVE:
+            self.request = Request.NONE
+        if self.run.step == self.step:
+            return
         state = {"step": self.step, "data": self.feed.state_dict(), "seed": self.train_config.seed}
         state |= layout_state(self.engine, self.group, self.config)
         state["rows_digest"] = rows_digest(self.feed.stream.dataset)
-        path = save_checkpoint(
-            self.engine,
-            self.group,
-            self.run,
-            state,
-            keep=self.train_config.save_total_limit,
-            keep_every=self.train_config.save_keep_every,
-            describe=self.describe,
-        )
+        with self.window.paused():
+            path = save_checkpoint(
+                self.engine,
+                self.group,
+                self.run,
+                state,
+                keep=self.train_config.save_total_limit,
+                keep_every=self.train_config.save_keep_every,
+                describe=self.describe,
+            )
         self.run.step = self.step
         self.watchdog.beat(self.step)
         log.info("step %d/%d  saved %s", self.step, self.total_steps, path)
@@ -241,6 +258,10 @@ class Trainer:
 
     def _due(self, interval: float) -> bool:
         return self.step % interval == 0 or (self.step == self.total_steps and interval != math.inf)
+
+    def _poll(self) -> None:
+        """See what is asked; every rank must call it equally often."""
+        self.request = max(self.request, self.requests.poll())
 
     def _logs_after_this_step(self) -> bool:
         return (self.step + 1) % self.train_config.logging_steps == 0 or self.step + 1 == self.total_steps

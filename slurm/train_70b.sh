@@ -2,6 +2,7 @@
 # Tune a 70B model on 8 nodes of 8 GPUs.
 #     sbatch slurm/train_70b.sh
 #     sbatch --nodes=4 --time=12:00:00 slurm/train_70b.sh --learning_rate 2e-5     (what follows goes to cc_ds/train.py)
+#     sbatch --export=ALL,CONFIG=mine.yaml,OUTPUT_DIR=outputs/mine slurm/train_70b.sh
 # USR1 before the time limit, or a node that fails: it saves where it can, is requeued and goes on from the newest whole
 # checkpoint. To ask a running job for a checkpoint: touch OUTPUT_DIR/save_now; to end it after one: touch
 # OUTPUT_DIR/stop_now, or scancel.

@@ -116,6 +116,16 @@ def unread_note(source: Source, form: Form, column_map: Mapping[str, str]) -> st
     return f"{source.name}: not read: the column{'s' * (len(unread) > 1)} {', '.join(unread)}." if unread else None
 
 
+def without_english(sources: Sequence[Source], column_map: Mapping[str, str]) -> str:
+    """For a message: no row of these has English; where it was looked for, and what to do."""
+    lines = ["No row has an English prompt, without which CC-Tuning is plain SFT."]
+    for source in sources:
+        wanted = best_form(_our_columns(source, column_map)).english
+        lines.append(f"  {source.name}: looked for in {wanted!r}; found: {source.columns}")
+    lines.append(f"  Map the column that holds it (--column_map {wanted}=NAME), or train with --method sft.")
+    return "\n".join(lines)
+
+
 def rename(record: Mapping[str, Any], column_map: Mapping[str, str]) -> dict[str, Any]:
     """The record under our column names. A mapped column that this record lacks leaves our own name as it stands."""
     mapped = {ours: record[theirs] for ours, theirs in column_map.items() if theirs in record}

@@ -25,6 +25,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from cc_ds.data.columns import without_english
 from cc_ds.data.encode import check_limits, tokenise_row
 from cc_ds.data.pairs import BadRow, Summary, iter_rows, open_sources
 from cc_ds.data.sources import Source, digest_of_file, digest_of_folder
@@ -54,14 +55,15 @@ def load_tokenised(
     on_bad_row: str = "skip",
     column_map: Mapping[str, str] | None = None,
     split: str | Sequence[str] = "train",
+    require_english: bool = False,
     cache_dir: str | Path,
 ) -> tuple[datasets.Dataset, Summary]:
     """The tokenised rows of all sources, memory-mapped, and the summary of how they came about.
 
     `template` is a Template, a built-in name, or None for the tokenizer's own. `max_english_length` None means
     `max_length`; `split`: see `open_source`. Columns of the data set: see `tokenise_row`. Raises ValueError for what is
-    wrong with the data (see sources.py, columns.py), for a row that is too long when `on_long` is "error", and for bad
-    rows when `on_bad_row` is "error".
+    wrong with the data (see sources.py, columns.py), for a row that is too long when `on_long` is "error", for bad rows
+    when `on_bad_row` is "error", and when `require_english` and no row has English.
     """
     template = template if isinstance(template, Template) else load_template(tokenizer, template)
     limits = (max_length, max_english_length or max_length, on_long)
@@ -79,8 +81,11 @@ def load_tokenised(
             opened = _place(building, folder)
         finally:
             shutil.rmtree(building, ignore_errors=True)
-    opened[1].check(on_bad_row)
-    return opened
+    rows, summary = opened
+    summary.check(on_bad_row)
+    if require_english and not summary.rows_with_english:
+        raise ValueError(f"{without_english(sources, column_map)}\n{summary}")
+    return rows, summary
 
 
 def rows_digest(rows: datasets.Dataset) -> str | None:

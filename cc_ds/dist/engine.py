@@ -162,7 +162,7 @@ def build_engine(model: nn.Module, config: dict[str, Any], train: TrainConfig, t
     schedule = get_scheduler(
         _SCHEDULES[train.lr_scheduler_type],
         optimizer,
-        num_warmup_steps=round(train.warmup_ratio * total_steps),
+        num_warmup_steps=train.warmup(total_steps),
         num_training_steps=total_steps,
     )
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=config)

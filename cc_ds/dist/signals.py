@@ -1,4 +1,4 @@
-"""What someone outside asks of a running job, agreed on by all ranks at step boundaries.
+"""What someone outside asks of a running job, agreed on by all ranks between steps and between an evaluation's batches.
 
     SIGUSR1               save a checkpoint and end: the job is about to be preempted or to reach its time limit
     SIGTERM               save a checkpoint and end: the job is being cancelled, or a node is cleaned up
@@ -6,7 +6,7 @@
     output_dir/stop_now   save a checkpoint and end
 
 One rank's word is enough. Its flag is reduced over the ranks through a group of its own on the CPU, started at one
-boundary and read at the next, so that neither host nor device waits for it: a request takes effect one step later.
+boundary and read at the next, so that neither host nor device waits for it: a request takes effect one boundary later.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Requests:
         self._looked = 0.0
 
     def poll(self) -> Request:
-        """What to do now, the same on every rank; every rank must call it after every step."""
+        """What to do now, the same on every rank; every rank must call it equally often."""
         asked = max(self._signalled, self._look_at_files())
         if self._channel is None:
             return asked

@@ -176,7 +176,7 @@ def _traffic(size: ModelSize, method: str, work: Workload, ds_config: dict[str, 
     if stage == 3:
         return step_traffic(size, method, work.accumulation, zero, work.checkpointing)
     trained = size.numel(trainable=True)
-    backwards = work.accumulation + (method == "cc" and work.accumulation > 1) if stage == 2 else 1
+    backwards = work.accumulation + (method == "cc") if stage == 2 else 1
     return Traffic(trained if stage else 0, trained if stage else 0, trained * backwards, 0)
 
 

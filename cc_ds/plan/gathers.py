@@ -1,9 +1,9 @@
 """ZeRO-3's all-gathers and reduce-scatters in a step: DeepSpeed's coordinators (0.19) replayed on sizes alone.
 
 A coordinator records the order of modules in a pass. From then on it gathers ahead, and keeps what the pass will use
-again within `stage3_max_reuse_distance` elements. With gradient accumulation a step of CC-Tuning has three kinds of
-passes, each with a coordinator of its own (cc_ds/dist/zero.py, GatherOrders): English forward, target forward and
-backward, English backward. They share which parameters are whole.
+again within `stage3_max_reuse_distance` elements. A step of CC-Tuning has three kinds of passes, each with a
+coordinator of its own (cc_ds/dist/zero.py, GatherOrders): English forward, target forward and backward, English
+backward. They share which parameters are whole.
 
 Source: deepspeed/runtime/zero/partitioned_param_coordinator.py and parameter_offload.py.
 """

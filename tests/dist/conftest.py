@@ -8,9 +8,11 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.models.llama import LlamaConfig
@@ -92,14 +94,27 @@ def rows_file(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def base_command(model_folder, rows_file, tmp_path_factory) -> list[str]:
-    """What every training command of these tests shares."""
-    return [
-        "--model_name_or_path", str(model_folder), "--train_file", str(rows_file), "--chat_template", "plain",
-        "--data_cache_dir", str(tmp_path_factory.mktemp("cache")), "--learning_rate", "1e-2", "--logging_steps", "1",
-        "--max_length", "32", "--max_english_length", "32", "--disable_tqdm", "true", "--warmup_ratio", "0.2",
-        "--max_grad_norm", "1.0", "--weight_decay", "0.1",
-    ]  # fmt: skip
+def base_settings(model_folder, rows_file, tmp_path_factory) -> dict[str, Any]:
+    """What every run of these tests shares."""
+    return {
+        "model_name_or_path": str(model_folder), "train_file": str(rows_file), "chat_template": "plain",
+        "data_cache_dir": str(tmp_path_factory.mktemp("cache")), "learning_rate": 1e-2, "logging_steps": 1,
+        "max_length": 32, "max_english_length": 32, "disable_tqdm": True, "warmup_ratio": 0.2,
+        "max_grad_norm": 1.0, "weight_decay": 0.1,
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def base_command(base_settings, tmp_path_factory) -> list[str]:
+    """These as a file, which the options of a test follow and win over."""
+    return config_option(base_settings, tmp_path_factory.mktemp("base"))
+
+
+def config_option(settings: dict[str, Any], folder: Path) -> list[str]:
+    """--config and a file of these settings in `folder`."""
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    return ["--config", str(path)]
 
 
 def read_metrics(folder: Path) -> list[dict]:

@@ -3,6 +3,7 @@
 kill      SIGKILL in the middle of the step
 kill_save SIGKILL while the rank writes its part of the checkpoint at this step
 hang      the rank sleeps in the middle of the step
+term_eval SIGTERM to the rank in the first batch of the evaluation after the step
 nan       the step's loss is NaN on the rank
 nan_on    from this step on
 none      nothing
@@ -40,7 +41,7 @@ def inject(fault: str, step: int, rank: int) -> None:
         return
     now = {"step": 0}
     train_step, next_of_feed = Trainer.train_step, StepFeed.__next__
-    save = writer.CheckpointWriter.save
+    save, eval_batches = writer.CheckpointWriter.save, Trainer._eval_batches
 
     def watched_train_step(self):
         now["step"] = self.step + 1
@@ -62,6 +63,14 @@ def inject(fault: str, step: int, rank: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         save(self, state_dict, path)
 
+    def watched_eval_batches(self):
+        for number, batch in enumerate(eval_batches(self)):
+            if number == 0 and now["step"] == step and fault == "term_eval":
+                stamp()
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    Trainer._eval_batches = watched_eval_batches
     Trainer.train_step, StepFeed.__next__, writer.CheckpointWriter.save = watched_train_step, watched_next, watched_save
     if fault in ("nan", "nan_on"):
         forward = CCModelForCausalLM.forward

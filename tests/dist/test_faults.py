@@ -20,7 +20,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from .conftest import REPOSITORY, read_metrics
+from .conftest import REPOSITORY, config_option, read_metrics
 
 pytestmark = pytest.mark.slow
 STEPS = 24
@@ -86,11 +86,13 @@ class Run:
 
 
 @pytest.fixture(scope="module")
-def command(base_command, tmp_path_factory) -> list[str]:
-    config = tmp_path_factory.mktemp("faults") / "zero3.json"
-    config.write_text(json.dumps({"zero_optimization": {"stage": 3}}), encoding="utf-8")
-    return [*base_command, "--deepspeed", str(config), "--max_steps", str(STEPS), "--per_device_train_batch_size", "2",
-            "--save_steps", "8", "--gradient_accumulation_steps", "2"]  # fmt: skip
+def command(base_settings, tmp_path_factory) -> list[str]:
+    folder = tmp_path_factory.mktemp("faults")
+    zero3 = folder / "zero3.json"
+    zero3.write_text(json.dumps({"zero_optimization": {"stage": 3}}), encoding="utf-8")
+    ours = {"deepspeed": str(zero3), "max_steps": STEPS, "per_device_train_batch_size": 2, "save_steps": 8,
+            "gradient_accumulation_steps": 2}  # fmt: skip
+    return config_option(base_settings | ours, folder)
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +145,15 @@ def test_usr1(run, undisturbed):
     state = run.state()
     assert state["state"] == "preempted" and state["step"] in run.kept()
     goes_on_as_if_nothing_had_happened(run, undisturbed, from_step=state["step"])
+
+
+def test_term_during_an_evaluation(run, undisturbed, rows_file):
+    evaluate = ["--eval_steps", "11", "--validation_file", str(rows_file), "--per_device_eval_batch_size", "1"]
+    ended = run.to_end("term_eval@11:1", *evaluate)
+    assert ended.code == 0, ended.text[-9000:]
+    assert run.state()["state"] == "terminated" and run.kept() == [8, 11]
+    assert all("step 11/24  not evaluated: asked to end" in run.log(rank) for rank in (0, 1))
+    goes_on_as_if_nothing_had_happened(run, undisturbed, from_step=11)
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])

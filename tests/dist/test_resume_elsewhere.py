@@ -41,21 +41,19 @@ CASES = [
 def runs(base_command, request, tmp_path_factory) -> Path:
     """The undisturbed run, and of every case that is asked for the run before and the run after, in one launch."""
     folder = tmp_path_factory.mktemp("elsewhere")
-    # as many micro-batches as one rank needs for 8 rows; other numbers of ranks change that by themselves
-    common = [*base_command, "--per_device_train_batch_size", "1", "--gradient_accumulation_steps", str(ROWS),
-              "--num_train_epochs", "2", "--connection_learning_rate", "3e-2"]  # fmt: skip
+    common = [*base_command, "--per_device_train_batch_size", "1", "--num_train_epochs", "2",
+              "--connection_learning_rate", "3e-2"]  # fmt: skip
     whole = folder / "whole"
-    cases = [{"ranks": 1, "command": [*common, "--output_dir", str(whole)], "rows": f"{whole}-rows"}]
+    cases = [{"ranks": 1, "command": [*common, *micro_batches(1), "--output_dir", str(whole)], "rows": f"{whole}-rows"}]
     items = [item for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
     for case in [item.callspec.params for item in items]:
         stage, before, after = case["stage"], case["before"], case["after"]
         run = folder / f"{stage}-{before}-{after}"
         command = [*common, "--output_dir", str(run), "--deepspeed", zero(folder, stage)]
-        share = ["--gradient_accumulation_steps", str(ROWS // sizes(before)[0])]
-        stopped = [*share, "--stop_after_steps", str(STOP)]
-        resumed = ["--resume_from_checkpoint", "latest"]
-        if sizes(before)[0] == sizes(after)[0]:  # the run itself changes the accumulation only where the ranks changed
-            resumed += share
+        former, ours = sizes(before)[0], sizes(after)[0]
+        stopped = [*micro_batches(former), "--stop_after_steps", str(STOP)]
+        # where the ranks changed, the run itself changes the accumulation, whatever is given
+        resumed = [*micro_batches(ours if ours == former else 1), "--resume_from_checkpoint", "latest"]
         for name, layout, more in (("before", before, stopped), ("after", after, resumed)):
             data_size, tensor_size = sizes(layout)
             split = ["--tensor_parallel_size", str(tensor_size)]
@@ -64,6 +62,11 @@ def runs(base_command, request, tmp_path_factory) -> Path:
     (folder / "cases.json").write_text(json.dumps(cases), encoding="utf-8")
     launch([sys.executable, "tests/dist/forked.py", str(folder / "cases.json")], timeout=60 + 20 * len(cases))
     return folder
+
+
+def micro_batches(ranks: int) -> list[str]:
+    """As many as so many ranks need for the rows of a step."""
+    return ["--gradient_accumulation_steps", str(ROWS // ranks)]
 
 
 def sizes(layout: str) -> tuple[int, int]:

@@ -68,16 +68,17 @@ def family_folder(model_folder, tmp_path_factory):
 def command(base_command, family_folder):
     """A function from a case and a folder to its ranks and training command."""
 
-    def of(case: tuple, folder, *options: str) -> tuple[int, list[str]]:
+    def of(case: tuple, folder, *options: str, run: str | None = None) -> tuple[int, list[str]]:
         family, size, stage, _ = case
         config = folder / f"zero{stage}.json"
         zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
         config.write_text(json.dumps({"zero_optimization": zero}), encoding="utf-8")
         return 2 * size, [
             *base_command, *_settings(case).options(), "--model_name_or_path", str(family_folder(family)),
-            "--tokenizer_name", str(family_folder("llama")), "--output_dir", str(folder / _name(case)), "--deepspeed",
-            str(config), "--per_device_train_batch_size", str(ROWS_PER_RANK), "--gradient_accumulation_steps",
-            str(ACCUMULATION), "--gradient_checkpointing", str(stage == 3), "--tensor_parallel_size", "2", *options,
+            "--tokenizer_name", str(family_folder("llama")), "--output_dir", str(folder / (run or _name(case))),
+            "--deepspeed", str(config), "--per_device_train_batch_size", str(ROWS_PER_RANK),
+            "--gradient_accumulation_steps", str(ACCUMULATION), "--gradient_checkpointing", str(stage == 3),
+            "--tensor_parallel_size", "2", *options,
         ]  # fmt: skip
 
     return of
@@ -120,10 +121,9 @@ def test_the_other_stages_and_families(cases, command, family_folder, rows_file,
 @pytest.mark.parametrize("stage", [0, 3])
 def test_resumed_run_is_exact(stage, command, tmp_path):
     case = ("llama", 2, stage, {})
-    ranks, whole = command(case, tmp_path)
-    stopped = [*whole, "--output_dir", str(tmp_path / "stopped")]
-    runs = [whole, [*stopped, "--stop_after_steps", "3"], [*stopped, "--resume_from_checkpoint", "latest"]]
-    train_forked([(ranks, run) for run in runs], tmp_path)
+    stop, resume = ("--stop_after_steps", "3"), ("--resume_from_checkpoint", "latest")
+    stopped = [command(case, tmp_path, *options, run="stopped") for options in (stop, resume)]
+    train_forked([command(case, tmp_path), *stopped], tmp_path)
     losses = [[line["loss"] for line in read_metrics(tmp_path / run)] for run in (_name(case), "stopped")]
     assert losses[0] == losses[1] and len(losses[0]) == 5
     for file in ("model.safetensors", "cc_connection.safetensors"):

@@ -171,8 +171,8 @@ def cluster(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def settings(model_folder, rows_file, tmp_path_factory) -> list[str]:  # noqa: F811
-    """Arguments of a small training: 60 steps, a checkpoint every 10."""
+def settings(model_folder, rows_file, tmp_path_factory) -> dict[str, str]:  # noqa: F811
+    """Variables of a small training: 60 steps, a checkpoint every 10."""
     config = tmp_path_factory.mktemp("settings") / "tiny.yaml"
     zero = config.with_name("zero3.json")
     zero.write_text(json.dumps({"zero_optimization": {"stage": 3}}), encoding="utf-8")
@@ -183,14 +183,14 @@ def settings(model_folder, rows_file, tmp_path_factory) -> list[str]:  # noqa: F
         "save_steps": 10, "logging_steps": 2, "deepspeed": str(zero), "step_timeout": 60,
     }  # fmt: skip
     config.write_text("".join(f"{name}: {json.dumps(value)}\n" for name, value in values.items()), encoding="utf-8")
-    return ["--config", str(config)]
+    return {"CONFIG": str(config)}
 
 
 @pytest.fixture(scope="session")
 def undisturbed(cluster, settings, tmp_path_factory) -> Job:
     """The job that nothing happened to."""
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
-    job = cluster.submit("slurm/train_70b.sh", folder, *settings, HEALTH_CHECK="1")
+    job = cluster.submit("slurm/train_70b.sh", folder, **settings, HEALTH_CHECK="1")
     job.end()
     return job
 

@@ -38,7 +38,7 @@ def test_undisturbed(undisturbed):
 def test_usr1_before_the_first_step(cluster, settings, undisturbed, tmp_path):
     """As --signal=B:USR1@N sends it, to the batch shell: in the health check, and while the ranks start. Each time the
     job is requeued, and no start counts as a crash. In the middle of the training: test_a_time_limit."""
-    job = cluster.submit(SCRIPT, tmp_path / "run", *settings, HEALTH_CHECK="1")
+    job = cluster.submit(SCRIPT, tmp_path / "run", **settings, HEALTH_CHECK="1")
 
     def ask(restart: int) -> None:
         os.system(f"scancel --batch --signal=USR1 {job.number}")
@@ -67,7 +67,7 @@ def test_usr1_before_the_first_step(cluster, settings, undisturbed, tmp_path):
 def test_a_time_limit(cluster, settings, undisturbed, tmp_path):
     """USR1 as SLURM itself sends it. The ranks are held until it comes, as the training is short."""
     limits = ("--time=00:02:00", "--signal=B:USR1@60")
-    job = cluster.submit(SCRIPT, tmp_path / "run", *settings, options=limits)
+    job = cluster.submit(SCRIPT, tmp_path / "run", **settings, options=limits)
     job.until(lambda: len(read(job)) >= 5, "10 steps")
     held = cluster.ranks("n1") + cluster.ranks("n2")
     for rank in held:
@@ -88,7 +88,7 @@ def test_a_time_limit(cluster, settings, undisturbed, tmp_path):
 
 def test_a_killed_rank_then_scancel(cluster, settings, undisturbed, tmp_path):
     """The killed rank's job goes on by itself; the cancelled one does not, and goes on when it is submitted again."""
-    job = cluster.submit(SCRIPT, tmp_path / "run", *settings)
+    job = cluster.submit(SCRIPT, tmp_path / "run", **settings)
     job.until_checkpoint(10)
     os.kill(cluster.ranks("n2")[0], signal.SIGKILL)
     seconds = job.until(lambda: "the ranks ended with code" in job.said(), "the end of the ranks", 60)
@@ -108,7 +108,7 @@ def test_a_killed_rank_then_scancel(cluster, settings, undisturbed, tmp_path):
     saved = job.state()["step"]
     assert (job.output_dir / f"checkpoint-{saved:06d}/complete.json").exists()
     cluster.until_idle()
-    again = cluster.submit(SCRIPT, tmp_path / "run", *settings)
+    again = cluster.submit(SCRIPT, tmp_path / "run", **settings)
     assert again.end()["JobState"] == "COMPLETED", again.everything()
     assert (job.output_dir / "logs/rank0.log").read_text().count("resumed from") == 2
     assert same_weights(again, undisturbed)
@@ -117,7 +117,7 @@ def test_a_killed_rank_then_scancel(cluster, settings, undisturbed, tmp_path):
 def test_power_loss_then_a_partition(cluster, settings, undisturbed, tmp_path):
     """One node is switched off. Later the node of rank 0 is cut off, and comes back when the job has been requeued: its
     old rank may still run."""
-    job = cluster.submit(SCRIPT, tmp_path / "run", *settings)
+    job = cluster.submit(SCRIPT, tmp_path / "run", **settings)
     job.until_checkpoint(10)
     cluster.power_off("n2")
     seconds = job.until(lambda: job.show()["Restarts"] != "0", "a restart", 120)
@@ -138,7 +138,7 @@ def test_power_loss_then_a_partition(cluster, settings, undisturbed, tmp_path):
 
 
 def test_a_mistake_is_not_requeued(cluster, settings, tmp_path):
-    job = cluster.submit(SCRIPT, tmp_path / "run", *settings, "--train_file", "nowhere.jsonl")
+    job = cluster.submit(SCRIPT, tmp_path / "run", "--train_file", "nowhere.jsonl", **settings)
     shown = job.end()
     assert (shown["JobState"], shown["Restarts"]) == ("FAILED", "0"), job.everything()
     assert "not requeued" in job.said() and "nowhere.jsonl" in job.said()
@@ -146,7 +146,7 @@ def test_a_mistake_is_not_requeued(cluster, settings, tmp_path):
 
 def test_crashes_without_progress_end(cluster, settings, tmp_path):
     """A rank that dies before the first checkpoint, twice."""
-    job = cluster.submit(SCRIPT, tmp_path / "run", *settings)
+    job = cluster.submit(SCRIPT, tmp_path / "run", **settings)
     for restart in ("0", "1"):
         job.until(lambda r=restart: job.show()["Restarts"] == r and bool(cluster.ranks("n2")), f"start {restart}")
         os.kill(cluster.ranks("n2")[0], signal.SIGKILL)
@@ -156,7 +156,7 @@ def test_crashes_without_progress_end(cluster, settings, tmp_path):
 
 
 def test_a_bad_node_is_named(cluster, settings, tmp_path):
-    job = cluster.submit(SCRIPT, tmp_path / "run", *settings, HEALTH_CHECK="1", MIN_MEMORY_GIB="100000")
+    job = cluster.submit(SCRIPT, tmp_path / "run", **settings, HEALTH_CHECK="1", MIN_MEMORY_GIB="100000")
     assert job.end()["ExitCode"] == "3:0"
     assert "health check: node n2 (task 1): BAD" in job.said()
 

@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset, DatasetDict
 from transformers import GenerationConfig
 
-from cc_ds import CCModelForCausalLM
+from cc_ds import CCModelForCausalLM, assemble
 from cc_ds.assemble import (
     RunData,
     build_data,
@@ -37,6 +37,22 @@ def test_what_tensor_parallelism_does_not_go_with(option, tmp_path):
 
 def words(folder, output, *options) -> list[str]:
     return ["--model_name_or_path", str(folder), "--train_file", "rows.jsonl", "--output_dir", str(output), *options]
+
+
+@pytest.mark.parametrize("method", ["cc", "sft"])
+def test_cc_needs_english(method, tmp_path, monkeypatch):
+    asked = {}
+
+    def load_tokenised(files, *_, require_english, **__):
+        asked[files] = require_english
+        return None, None
+
+    monkeypatch.setattr(assemble, "load_tokenised", load_tokenised)
+    monkeypatch.setattr(assemble, "load_template", lambda *_: None)
+    monkeypatch.setattr(assemble.export, "load_part", lambda *_, **__: None)
+    options = ["--model_name_or_path", "m", "--output_dir", str(tmp_path), "--method", method]
+    build_data(load_config([*options, "--train_file", "a", "--validation_file", "b"]), Group.alone())
+    assert asked == {("a",): method == "cc", ("b",): False}
 
 
 def build(folder, output, *options):
@@ -119,7 +135,7 @@ def test_validation_is_not_read_from_the_train_split(tmp_path):
     splits = {name: Dataset.from_list([row] * rows) for name, rows in (("train", 3), ("validation", 2), ("test", 1))}
     files = ["--train_file", str(tmp_path / "rows"), "--validation_file", str(tmp_path / "rows")]
     options = ["--output_dir", str(tmp_path), "--data_cache_dir", str(tmp_path / "cache"), *files]
-    config = load_config(["--model_name_or_path", str(tmp_path / "model"), *options])
+    config = load_config(["--model_name_or_path", str(tmp_path / "model"), "--method", "sft", *options])
     for left, rows in (("validation", 2), ("test", 1), ("train", None)):
         DatasetDict(splits).save_to_disk(tmp_path / "rows")
         if rows is None:

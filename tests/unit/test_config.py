@@ -33,6 +33,33 @@ def test_command_line_alone():
     assert config.cc == CCConfig()
 
 
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [([], 3), (["--warmup_ratio", "0.2"], 20), (["--warmup_steps", "7"], 7), (["--warmup_steps", "0"], 0)],
+)
+def test_warmup(options, steps):
+    assert load_config([*REQUIRED, *options]).train.warmup(100) == steps
+
+
+def test_warmup_steps_in_place_of_the_files_ratio(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("warmup_ratio: 0.1\n")
+    config = load_config(["--config", str(path), *REQUIRED, "--warmup_steps", "7", "--warmup_ratio", "none"])
+    assert config.train.warmup(100) == 7
+
+
+def test_resume_without_a_value_is_the_latest():
+    config = load_config(["--resume_from_checkpoint", *REQUIRED, "--bf16"])
+    assert config.train.resume_from_checkpoint == "latest" and config.train.bf16 is True
+
+
+def test_what_needs_another_setting_and_has_it():
+    config = load_config([*REQUIRED, "--eval_steps", "5", "--validation_file", "b.jsonl"])
+    assert config.train.eval_steps == 5
+    config = load_config([*REQUIRED, "--lora_rank", "0", "--lora_alpha", "8"])  # all weights, and said so
+    assert config.model.lora_rank == 0
+
+
 def test_nothing_can_be_changed():
     with pytest.raises(dataclasses.FrozenInstanceError):
         load_config(REQUIRED).train.seed = 3
@@ -53,6 +80,15 @@ def test_nothing_can_be_changed():
         (["--per_device_train_batch_size", "0"], "per_device_train_batch_size is 0, expected 1 or more"),
         (["--column_map", "prompt"], "column_map is 'prompt', expected"),
         (["stray"], "output_dir is"),
+        (["--lora_alpha", "16"], "lora_alpha is given without lora_rank, .* give --lora_rank 16, .* or leave lora_"),
+        (["--lora_target_modules", "q_proj"], "lora_target_modules is given without lora_rank"),
+        (["--eval_steps", "5"], "eval_steps is 5, .*: give --validation_file, or leave eval_steps out"),
+        (["--deepspeed"], "command line: deepspeed is True, expected str"),
+        (["--config"], "config is True, expected one YAML file"),
+        (["--warmup_ratio", "0.1", "--warmup_steps", "5"], "warmup_ratio and warmup_steps are both given: leave one"),
+        (["--warmup_steps", "-1"], "warmup_steps is -1, expected 0 or more"),
+        (["--train_file", "b.jsonl"], "--train_file is given twice; several values follow one --train_file"),
+        (["--train-file=b.jsonl"], "--train_file is given twice"),
         (["--config", "nowhere.yaml"], "nowhere.yaml: can't be read"),
     ],
 )
@@ -67,6 +103,8 @@ def test_mistakes_on_the_command_line(arguments, message):
         ("learning_rat: 1\n", "run.yaml: unknown key 'learning_rat'; did you mean 'learning_rate'"),
         ("a: [\n", "run.yaml: not YAML"),
         ("- a\n", "run.yaml: expected `key: value` lines"),
+        ("seed: 1\nmax_steps: 1\nseed: 2\n", r"run.yaml: .*seed is given twice\s+in .*, line 3"),
+        ("column_map: {prompt: a, prompt: b}\n", "run.yaml: .*prompt is given twice"),
         ("max_steps: [1]\n", r"run.yaml: max_steps is \[1\], expected int"),
     ],
 )

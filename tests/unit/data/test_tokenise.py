@@ -65,6 +65,20 @@ def test_rows_and_summary(load, path, bpe):
     assert "cut to length: 1 prompts, 1 responses, 1 English prompts" in str(summary)
 
 
+def test_no_row_with_english_is_refused_where_it_is_needed(bpe, tmp_path, load):
+    assert load(require_english=True)[1].rows_with_english == 2, "some rows may lack it"
+    path = tmp_path / "mine.jsonl"
+    path.write_text(json.dumps({"instruction": "Je?", "output": "Ndiyo.", "question_in_english": "Is it?"}))
+    options = {"max_length": 64, "cache_dir": tmp_path / "other"}
+    assert load_tokenised(path, bpe, "chatml", **options)[1].rows == 1, "plain SFT may lack it all"
+    said = r"No row has an English.*mine.jsonl: looked for in 'instruction_en'; found: .*'question_in_english'.*map "
+    for _ in range(2):  # tokenised, and read from the cache
+        with pytest.raises(ValueError, match=f"(?s){said}.*1 rows, 0 of them with English"):
+            load_tokenised(path, bpe, "chatml", require_english=True, **options)
+    column_map = {"instruction_en": "question_in_english"}
+    load_tokenised(path, bpe, "chatml", require_english=True, column_map=column_map, **options)
+
+
 def test_second_load_does_not_tokenise(load, calls):
     dataset, summary = load()
     assert len(calls) == 3

@@ -56,12 +56,16 @@ def test_zero3_by_hand():
     assert found.mfu == pytest.approx(found.flops / found.seconds["step"] / 1e12)
 
 
-def test_stage_2_keeps_weights_whole_and_reduces_gradients():
-    found = estimate(CONFIG, replace(CLUSTER, nodes=1), WORK, {"zero_optimization": {"stage": 2}}, "cc")
+@pytest.mark.parametrize("micro_batches", [1, 4])
+@pytest.mark.parametrize(("method", "english"), [("cc", 1), ("cc-nograd", 0)])
+def test_stage_2_keeps_weights_whole_and_reduces_gradients(micro_batches, method, english):
+    work = replace(WORK, accumulation=micro_batches)
+    found = estimate(CONFIG, replace(CLUSTER, nodes=1), work, {"zero_optimization": {"stage": 2}}, method)
     weights = SIZE.numel()
     assert found.memory["parameters"] * GIB == 2 * weights
     assert found.memory["gradients"] * GIB == 2 * weights / 8
-    assert found.moved["all-reduce of gradients"] == 2 * weights * 5  # four micro-batches and the English backward
+    # after each micro-batch's backward, and after the English one, which is one of its own for a single one too
+    assert found.moved["all-reduce of gradients"] == 2 * weights * (micro_batches + english)
 
 
 def test_tensor_parallel_splits_layers():
