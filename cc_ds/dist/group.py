@@ -110,10 +110,17 @@ class Group:
         return result[0]
 
 
-def choose_accelerator() -> None:
-    """Tell DeepSpeed, which transformers may import, that there is no GPU; else it says so on stdout, as a warning."""
-    if not torch.cuda.is_available():
+def choose_accelerator() -> bool:
+    """Whether this process computes on a GPU, for which it sets torch up; DS_ACCELERATOR=cpu says that it does not."""
+    on_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
+    if on_gpu:
+        # On Hopper SDPA prefers cuDNN, which makes a plan, 20 to 40 ms, for every new length and keeps them all: packed
+        # segments and growing caches are nothing but new lengths.
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    else:
+        # Left to look for a GPU, DeepSpeed, which transformers may import, warns on stdout that there is none.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    return on_gpu
 
 
 def start_group(tensor_size: int = 1) -> Group:
@@ -131,8 +138,7 @@ def start_group(tensor_size: int = 1) -> Group:
     missing = [name for name in ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise ValueError(f"RANK is set but {', '.join(missing)} is not: start with deepspeed, torchrun or srun")
-    on_gpu = torch.cuda.is_available()
-    choose_accelerator()
+    on_gpu = choose_accelerator()
     import deepspeed
 
     if not on_gpu:
