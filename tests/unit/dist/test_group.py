@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -27,3 +29,7 @@ def test_ds_accelerator_leaves_a_gpu_alone(gpu, monkeypatch):
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     assert not choose_accelerator()
     assert gpu == []
+
+
+def test_tests_see_no_gpu():
+    assert (os.environ["DS_ACCELERATOR"], os.environ["CUDA_VISIBLE_DEVICES"]) == ("cpu", "")
