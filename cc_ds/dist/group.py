@@ -114,8 +114,8 @@ def choose_accelerator() -> bool:
     """Whether this process computes on a GPU, for which it sets torch up; DS_ACCELERATOR=cpu says that it does not."""
     on_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
     if on_gpu:
-        # On Hopper SDPA prefers cuDNN, which makes a plan, 20 to 40 ms, for every new length and keeps them all: packed
-        # segments and growing caches are nothing but new lengths.
+        # On Hopper SDPA prefers cuDNN, which makes a plan for every new length and keeps them all: packed segments and
+        # growing caches are nothing but new lengths.
         torch.backends.cuda.enable_cudnn_sdp(False)
     else:
         # Left to look for a GPU, DeepSpeed, which transformers may import, warns on stdout that there is none.
