@@ -18,10 +18,12 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 T = TypeVar("T")
 
@@ -123,11 +125,23 @@ def choose_accelerator() -> bool:
     return on_gpu
 
 
-def start_group(tensor_size: int = 1) -> Group:
+def collective_limit(step_timeout: float) -> timedelta:
+    """How long a rank waits for the others in a collective.
+
+    Longer than the watchdog (watchdog.py), which ends a hanging run with stacks and a code of its own; a day where
+    there is none. DEEPSPEED_TIMEOUT, in minutes, comes first.
+    """
+    if "DEEPSPEED_TIMEOUT" in os.environ:
+        return timedelta(minutes=float(os.environ["DEEPSPEED_TIMEOUT"]))
+    return timedelta(seconds=max(600.0, step_timeout) + 60.0) if step_timeout else timedelta(days=1)
+
+
+def start_group(tensor_size: int = 1, step_timeout: float = 0.0) -> Group:
     """Join the process group that the launcher's environment describes, or form one of this process alone.
 
     Args:
         tensor_size: neighbouring ranks that share one copy of the model.
+        step_timeout: the watchdog's limit in seconds; 0: there is no watchdog.
 
     Raises:
         ValueError: an environment that names a rank but not the rest, or ranks that `tensor_size` does not divide.
@@ -149,7 +163,10 @@ def start_group(tensor_size: int = 1) -> Group:
     if on_gpu:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False)
+        limit = collective_limit(step_timeout)
+        # Groups that DeepSpeed forms later, ZeRO's among them, have torch's own limit: 10 minutes with NCCL.
+        distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = limit
+        deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False, timeout=limit)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     if tensor_size == 1:
         return Group(rank, world_size, device, local_rank)
