@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -26,6 +27,8 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 T = TypeVar("T")
+
+FIRST_GPU = Path("/dev/nvidia0")
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,8 +147,10 @@ def start_group(tensor_size: int = 1, step_timeout: float = 0.0) -> Group:
         step_timeout: the watchdog's limit in seconds; 0: there is no watchdog.
 
     Raises:
-        ValueError: an environment that names a rank but not the rest, or ranks that `tensor_size` does not divide.
+        ValueError: an environment that names a rank but not the rest, ranks that `tensor_size` does not divide, or GPUs
+            that torch can't use.
     """
+    _check_gpus_are_used()
     if "RANK" not in os.environ:
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         os.environ["MASTER_PORT"] = str(_free_port())
@@ -173,6 +178,16 @@ def start_group(tensor_size: int = 1, step_timeout: float = 0.0) -> Group:
     if world_size % tensor_size:
         raise ValueError(f"tensor_parallel_size {tensor_size} does not divide the {world_size} ranks of this launch")
     return Group(rank, world_size, device, local_rank, tensor_size, *_tensor_parallel_groups(tensor_size))
+
+
+def _check_gpus_are_used() -> None:
+    """Rather than train on the CPU of a machine with GPUs, without a word, for want of the right torch."""
+    has_gpus = FIRST_GPU.exists() or os.environ.get("SLURM_GPUS_ON_NODE", "0") not in ("", "0")
+    if has_gpus and not torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
+        raise ValueError(
+            f"this machine has GPUs, but torch {torch.__version__} can't use them: install one with CUDA, which the "
+            f"driver knows (TORCH=torch===2.13.0 bash tools/make_venv.sh .venv), or set DS_ACCELERATOR=cpu"
+        )
 
 
 def _tensor_parallel_groups(tensor_size: int) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:

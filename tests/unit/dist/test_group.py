@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from datetime import timedelta
@@ -13,7 +14,8 @@ import pytest
 import torch
 
 from cc_ds import train
-from cc_ds.dist.group import choose_accelerator, collective_limit
+from cc_ds.dist import group
+from cc_ds.dist.group import choose_accelerator, collective_limit, start_group
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 
@@ -47,6 +49,18 @@ def test_ds_accelerator_leaves_a_gpu_alone(gpu, monkeypatch):
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     assert not choose_accelerator()
     assert gpu == []
+
+
+@pytest.mark.parametrize("seen", ["device", "slurm"])
+def test_gpus_that_torch_cannot_use_are_an_error(seen, monkeypatch, tmp_path):
+    monkeypatch.delenv("DS_ACCELERATOR")
+    monkeypatch.setattr(group, "FIRST_GPU", tmp_path / "nvidia0")
+    if seen == "device":
+        (tmp_path / "nvidia0").touch()
+    else:
+        monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8")
+    with pytest.raises(ValueError, match=rf"torch {re.escape(torch.__version__)} can't use them.*DS_ACCELERATOR=cpu"):
+        start_group()
 
 
 def test_tests_see_no_gpu():
