@@ -72,7 +72,6 @@ def check_gate(model: CCModelForCausalLM, path: str) -> None:
 
 def load_model(args: argparse.Namespace) -> tuple[CCModelForCausalLM, Any, Template]:
     """The model on its device in eval mode, its tokenizer and its template. ValueError: anything missing there."""
-    import torch
     from transformers import AutoTokenizer
 
     from cc_ds import CCModelForCausalLM
@@ -80,7 +79,7 @@ def load_model(args: argparse.Namespace) -> tuple[CCModelForCausalLM, Any, Templ
     from cc_ds.dist.group import choose_accelerator
     from cc_ds.export import check_model_folder, load_part
 
-    choose_accelerator()
+    on_gpu = choose_accelerator()
     check_model_folder(args.model)
     tokenizer = load_part(AutoTokenizer, args.model, "--model")
     template = load_template(tokenizer, args.chat_template)
@@ -89,5 +88,5 @@ def load_model(args: argparse.Namespace) -> tuple[CCModelForCausalLM, Any, Templ
 
         return load_partitioned(args.model, args.deepspeed), tokenizer, template
     model = CCModelForCausalLM.from_pretrained(args.model)
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = args.device or ("cuda" if on_gpu else "cpu")
     return model.to(device).eval(), tokenizer, template

@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
     """Parse, build, train, export."""
     config = load_config(sys.argv[1:] if argv is None else argv)
     requests = Requests(config.train.output_dir)
-    group = start_group(config.train.tensor_parallel_size)
+    group = start_group(config.train.tensor_parallel_size, config.train.step_timeout)
     start_logging(config.train.output_dir, group)
     torch.manual_seed(config.train.seed)
     with RunState(config.train.output_dir, group) as run:

@@ -3,7 +3,6 @@
 #
 #     start_job            where ranks meet, where logs go, a health check of the nodes
 #     run_ranks CMD...     one task per rank, in the background; signals reach the ranks; sets $code
-#     run_once CMD...      one task on the first node
 #     finish_training      go on after a preemption or a crash (requeue), or end
 #
 # What a training ended with is read from OUTPUT_DIR/run_state.json (cc_ds/run_state.py), not from srun's exit code:
@@ -121,10 +120,6 @@ run_ranks() {
     wait "$srun_pid"
     code=$?
     say "the ranks ended with code $code"
-}
-
-run_once() {
-    launch --nodes=1 --ntasks=1 -- "$@"
 }
 
 # The state this very start of the job left, or "crashed".

@@ -17,6 +17,12 @@ SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 torch.set_num_threads(1)
 
 
+def pytest_configure(config) -> None:
+    """No test sees a GPU, but those of `make test-gpu`: some of a run on CUDA and some on the CPU agree on nothing."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 @pytest.fixture(scope="session")
 def golden() -> Path:
     """The folder of figures that the authors' own code gave."""

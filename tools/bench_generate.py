@@ -24,6 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig
 
 from cc_ds import CCModelForCausalLM, cli
+from cc_ds.dist.group import choose_accelerator
 from cc_ds.eval.run import write_json
 
 
@@ -38,7 +39,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--vocab", type=cli.positive, default=8192)
     parser.add_argument("--rounds", type=cli.positive, default=15, help="after one that warms up (default 15)")
     parser.add_argument("--threads", type=cli.positive, default=1)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="cuda" if choose_accelerator() else "cpu")
     parser.add_argument("--output", type=Path, help="json file for every figure")
     return parser.parse_args(argv)
 

@@ -3,6 +3,7 @@
     python tools/bench_step.py                                                   # English 128, target 192 + 128 tokens
     python tools/bench_step.py --data rows.jsonl --tokenizer FOLDER              # the lengths of real rows
     torchrun --nproc_per_node 2 tools/bench_step.py --zero 3 --accumulation 8    # ranks, and the bytes they exchange
+    python tools/bench_step.py --bf16 --hidden 2048 --layers 24                  # for a GPU
 
 Arms, same model, rows and optimiser (torch's fused AdamW):
     stock      model(**padded batch).loss of each micro-batch, as a plain training loop does
@@ -66,6 +67,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--accumulation", type=cli.positive, default=1, help="micro-batches per step (default 1)")
     parser.add_argument("--max_tokens", type=int, default=0, help="max_tokens_per_micro_batch of our arms")
     parser.add_argument("--zero", type=int, choices=(0, 1, 2, 3), default=0, help="ZeRO stage (default 0)")
+    parser.add_argument("--bf16", action="store_true", help="bfloat16, the optimiser in float32 (default: float32)")
     parser.add_argument("--rounds", type=cli.positive, default=9, help="after two that warm up (default 9)")
     parser.add_argument("--threads", type=cli.positive, default=1)
     parser.add_argument("--output", type=Path, help="json file for every figure")
@@ -83,10 +85,10 @@ def main(argv: list[str] | None = None) -> None:
         times: dict[str, list[float]] = {name: [] for name in ARMS}
         for number in range(args.rounds + 2):
             for name in random.Random(number).sample(ARMS, len(ARMS)):
-                group.barrier()
+                wait(group)
                 start = time.perf_counter()
                 arms[name]()
-                group.barrier()
+                wait(group)
                 if number >= 2:
                     times[name].append(time.perf_counter() - start)
         bytes_moved = {name: _bytes_moved(arms[name]) for name in ARMS} if group.world_size > 1 else {}
@@ -96,6 +98,13 @@ def main(argv: list[str] | None = None) -> None:
         print(format_result(result))
         if args.output:
             write_json(result, args.output)
+
+
+def wait(group: Group) -> None:
+    """Until every rank has done its work, its GPU too."""
+    if group.device.type == "cuda":
+        torch.cuda.synchronize()
+    group.barrier()
 
 
 def make_rows(args: argparse.Namespace) -> Dataset:
@@ -153,14 +162,16 @@ def make_arm(name: str, args: argparse.Namespace, rows: Dataset, group: Group, f
             per_device_train_batch_size=args.batch,
             gradient_accumulation_steps=args.accumulation,
             max_tokens_per_micro_batch=args.max_tokens,
+            bf16=args.bf16,
             max_steps=10**6,
             logging_steps=10**6,
         ),
     )
     torch.manual_seed(0)
-    model = CCModelForCausalLM.from_config(_model_config(args), cc_config=config.cc)
+    dtype = torch.bfloat16 if args.bf16 else torch.float32
+    model = CCModelForCausalLM.from_config(_model_config(args), cc_config=config.cc).to(dtype)
     if name == "stock":
-        stock = AutoModelForCausalLM.from_config(_model_config(args))
+        stock = AutoModelForCausalLM.from_config(_model_config(args)).to(dtype)
         stock.load_state_dict({k: v for k, v in model.state_dict().items() if "decision" not in k})
         return _stock_arm(stock.train(), config, rows, group)
     model.set_attn_implementation(PACKED)
@@ -172,13 +183,15 @@ def make_arm(name: str, args: argparse.Namespace, rows: Dataset, group: Group, f
 
 
 def _stock_arm(model, config: Config, rows: Dataset, group: Group) -> Callable[[], None]:
-    """What a plain loop over padded micro-batches does; the engine is there for ZeRO alone."""
+    """What a plain loop over padded micro-batches does; the engine is there for ZeRO and for float32 beside bf16."""
     train, collate = config.train, CCCollator(0, connect=False)
     per_rank = train.per_device_train_batch_size * train.gradient_accumulation_steps
     stream = BatchStream(rows, per_rank * group.world_size, seed=train.seed)
-    if group.world_size > 1:
+    with_engine = group.world_size > 1 or train.bf16
+    if with_engine:
         engine = build_engine(model, engine_config(train, model.config.hidden_size), train, 10**6, group)
     else:
+        model.to(group.device)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
 
     def step() -> None:
@@ -186,12 +199,12 @@ def _stock_arm(model, config: Config, rows: Dataset, group: Group) -> Callable[[
         for start in range(0, per_rank, train.per_device_train_batch_size):
             padded = collate(mine[start : start + train.per_device_train_batch_size])
             inputs = {key: padded[key].to(group.device) for key in ("input_ids", "attention_mask", "labels")}
-            if group.world_size > 1:
+            if with_engine:
                 engine.backward(engine(**inputs).loss)
                 engine.step()
             else:
                 (model(**inputs).loss / train.gradient_accumulation_steps).backward()
-        if group.world_size == 1:
+        if not with_engine:
             torch.nn.utils.clip_grad_norm_(model.parameters(), train.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()

@@ -74,6 +74,11 @@ def engine_config(train: TrainConfig, hidden_size: int) -> dict[str, Any]:
         # Our loss takes whole logits. Unset, DeepSpeed splits those of a head that is tied to the embeddings.
         _fill(tensor_parallel, "vocab_parallel_lm_head", False, train.deepspeed)
     zero = config.setdefault("zero_optimization", {"stage": 0})
+    if zero.get("zero_quantized_gradients"):
+        raise ValueError(
+            f"{train.deepspeed}: remove zero_quantized_gradients; on two or more nodes DeepSpeed 0.19.8 gives "
+            f"gradients of bf16 or float32 to a kernel that takes them for fp16, and the run would train on garbage"
+        )
     sizes = {
         "reduce_bucket_size": hidden_size * hidden_size,
         "stage3_prefetch_bucket_size": int(0.9 * hidden_size * hidden_size),

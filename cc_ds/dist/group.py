@@ -18,12 +18,17 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 T = TypeVar("T")
+
+FIRST_GPU = Path("/dev/nvidia0")
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,29 +115,49 @@ class Group:
         return result[0]
 
 
-def choose_accelerator() -> None:
-    """Tell DeepSpeed, which transformers may import, that there is no GPU; else it says so on stdout, as a warning."""
-    if not torch.cuda.is_available():
+def choose_accelerator() -> bool:
+    """Whether this process computes on a GPU, for which it sets torch up; DS_ACCELERATOR=cpu says that it does not."""
+    on_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
+    if on_gpu:
+        # On Hopper SDPA prefers cuDNN, which makes a plan for every new length and keeps them all: packed segments and
+        # growing caches are nothing but new lengths.
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    else:
+        # Left to look for a GPU, DeepSpeed, which transformers may import, warns on stdout that there is none.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    return on_gpu
 
 
-def start_group(tensor_size: int = 1) -> Group:
+def collective_limit(step_timeout: float) -> timedelta:
+    """How long a rank waits for the others in a collective.
+
+    Longer than the watchdog (watchdog.py), which ends a hanging run with stacks and a code of its own; a day where
+    there is none. DEEPSPEED_TIMEOUT, in minutes, comes first.
+    """
+    if "DEEPSPEED_TIMEOUT" in os.environ:
+        return timedelta(minutes=float(os.environ["DEEPSPEED_TIMEOUT"]))
+    return timedelta(seconds=max(600.0, step_timeout) + 60.0) if step_timeout else timedelta(days=1)
+
+
+def start_group(tensor_size: int = 1, step_timeout: float = 0.0) -> Group:
     """Join the process group that the launcher's environment describes, or form one of this process alone.
 
     Args:
         tensor_size: neighbouring ranks that share one copy of the model.
+        step_timeout: the watchdog's limit in seconds; 0: there is no watchdog.
 
     Raises:
-        ValueError: an environment that names a rank but not the rest, or ranks that `tensor_size` does not divide.
+        ValueError: an environment that names a rank but not the rest, ranks that `tensor_size` does not divide, or GPUs
+            that torch can't use.
     """
+    _check_gpus_are_used()
     if "RANK" not in os.environ:
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         os.environ["MASTER_PORT"] = str(_free_port())
     missing = [name for name in ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise ValueError(f"RANK is set but {', '.join(missing)} is not: start with deepspeed, torchrun or srun")
-    on_gpu = torch.cuda.is_available()
-    choose_accelerator()
+    on_gpu = choose_accelerator()
     import deepspeed
 
     if not on_gpu:
@@ -143,13 +168,26 @@ def start_group(tensor_size: int = 1) -> Group:
     if on_gpu:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False)
+        limit = collective_limit(step_timeout)
+        # Groups that DeepSpeed forms later, ZeRO's among them, have torch's own limit: 10 minutes with NCCL.
+        distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = limit
+        deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False, timeout=limit)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     if tensor_size == 1:
         return Group(rank, world_size, device, local_rank)
     if world_size % tensor_size:
         raise ValueError(f"tensor_parallel_size {tensor_size} does not divide the {world_size} ranks of this launch")
     return Group(rank, world_size, device, local_rank, tensor_size, *_tensor_parallel_groups(tensor_size))
+
+
+def _check_gpus_are_used() -> None:
+    """Rather than train on the CPU of a machine with GPUs, without a word, for want of the right torch."""
+    has_gpus = FIRST_GPU.exists() or os.environ.get("SLURM_GPUS_ON_NODE", "0") not in ("", "0")
+    if has_gpus and not torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
+        raise ValueError(
+            f"this machine has GPUs, but torch {torch.__version__} can't use them: install one with CUDA, which the "
+            f"driver knows (TORCH=torch===2.13.0 bash tools/make_venv.sh .venv), or set DS_ACCELERATOR=cpu"
+        )
 
 
 def _tensor_parallel_groups(tensor_size: int) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:

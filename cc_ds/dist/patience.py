@@ -1,9 +1,9 @@
 """Waiting for the main rank while it works for longer than a collective may take.
 
-A rank that waits in a barrier for the process group's limit (DeepSpeed's is 10 minutes, DEEPSPEED_TIMEOUT) ends the
-job. Tokenising a large data set, converting a checkpoint or saving a large model takes longer. So the ranks look
-instead, once in a while, into the store through which they met, where those who work first leave a word when they have
-done, or have failed.
+A rank that waits in a barrier for longer than the process group's limit (`collective_limit` in group.py; half an hour
+or so) ends the job. Tokenising a large data set, converting a checkpoint or saving a large model can take longer. So
+the ranks look instead, once in a while, into the store through which they met, where those who work first leave a word
+when they have done, or have failed.
 
     main rank  ->  the first rank of every other node  ->  all others          each waits for those before it
     and nobody goes on before all are through

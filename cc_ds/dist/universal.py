@@ -102,9 +102,10 @@ def load_universal(engine, folder: Path) -> bool:
         loaded, _ = engine.load_checkpoint(str(folder), tag="engine")
     finally:
         engine._config.load_universal_checkpoint = False
-    # At stage 3 DeepSpeed 0.19.8 gives all of them one and the same step tensor, which Adam then raises once for each.
-    for state in optimizer.state.values():
-        state["step"] = state["step"].clone()
+    # At stage 3 DeepSpeed 0.19.8 gives all of them one and the same step tensor, which Adam then raises once for each;
+    # and at every stage it leaves it on the CPU, where a fused Adam of parameters on a GPU does not take it.
+    for parameter, state in optimizer.state.items():
+        state["step"] = state["step"].to(parameter.device, copy=True)
     return loaded is not None
 
 

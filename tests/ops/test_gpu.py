@@ -11,7 +11,7 @@ from cc_ds.ops import gated_fuse, gated_fuse_
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here"),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here, or not asked for by -m gpu"),
 ]
 
 

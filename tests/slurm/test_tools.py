@@ -11,9 +11,11 @@ def test_fit_then_evaluate(cluster, undisturbed, rows_file, tmp_path):
     model, fitted = undisturbed.output_dir, tmp_path / "fitted"
     fit = cluster.submit(
         "slurm/fit_transform.sh", fitted, "--num_pairs", "8", "--held_out", "0.25", "--ridge", "0.1",
-        options=ONE_NODE, MODEL=str(model), DATA=str(rows_file),
+        "--deepspeed", "ds_configs/zero3.json", MODEL=str(model), DATA=str(rows_file),
     )  # fmt: skip
     assert fit.end()["JobState"] == "COMPLETED", fit.everything()
+    assert "Saved the model with its transform" in fit.said()
+    assert len(list(fitted.glob("logs/*/rank*.log"))) == 2 and not (tmp_path / "fitted.activations").exists()
     assert (fitted / "cc_connection.safetensors").exists() and (fitted / "transform_report.json").exists()
     scores = tmp_path / "scores"
     evaluation = cluster.submit(

@@ -60,6 +60,7 @@ def test_shipped_files(path):
         ({"train_batch_size": 8}, "leave train_batch_size out"),
         ({"tensor_parallel": {"autotp_size": 2}}, "autotp_size is 2, but this run has 1"),
         ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, "give --offload_dir a folder"),
+        ({"zero_optimization": {"stage": 3, "zero_quantized_gradients": True}}, "remove zero_quantized_gradients"),
         ({"optimizer": {"type": "Adam"}}, "remove the 'optimizer' section"),
         ({"fp16": {"enabled": True}}, "remove the 'fp16' section"),
         ("{", "ds.json: not JSON"),

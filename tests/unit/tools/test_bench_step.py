@@ -8,11 +8,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+
+from cc_ds.config import CCConfig, Config, DataConfig, ModelConfig, TrainConfig
+from cc_ds.dist.group import Group
 
 TOOL = Path(__file__).resolve().parents[3] / "tools" / "bench_step.py"
 SMALL = ["--hidden", "128", "--layers", "3", "--vocab", "256", "--batch", "2", "--accumulation", "2", "--rounds", "2"]
@@ -42,8 +46,11 @@ def data(tmp_path) -> list[str]:
     return ["--data", str(tmp_path / "rows.jsonl"), "--tokenizer", str(tmp_path / "tokenizer")]
 
 
-def test_it_runs_and_says_every_ratio(data, tmp_path):
-    command = [sys.executable, str(TOOL), *SMALL, *data, "--chat_template", "plain"]
+@pytest.mark.parametrize(
+    "precision", [pytest.param([], id="float32"), pytest.param(["--bf16"], id="bf16", marks=pytest.mark.slow)]
+)
+def test_it_runs_and_says_every_ratio(precision, data, tmp_path):
+    command = [sys.executable, str(TOOL), *SMALL, *precision, *data, "--chat_template", "plain"]
     launched = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # a group of this process, if any
     environment = {name: value for name, value in os.environ.items() if name not in launched}
     environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
@@ -55,6 +62,26 @@ def test_it_runs_and_says_every_ratio(data, tmp_path):
         assert name in done.stdout and result[name]["low"] <= result[name]["median"] <= result[name]["high"]
     assert 1 < result["floor"]["cc-nograd"] < result["floor"]["cc"] < 2
     assert result["peak bytes"]["cc"] > result["peak bytes"]["cc-nograd"] > 0
+
+
+def test_the_clock_waits_for_a_gpu(bench, monkeypatch):
+    synchronize = MagicMock()
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    bench.wait(Group(0, 1, torch.device("cpu")))
+    assert not synchronize.called
+    bench.wait(Group(0, 1, torch.device("cuda", 0)))
+    assert synchronize.called
+
+
+def test_the_stock_model_goes_to_the_device(bench, monkeypatch):
+    monkeypatch.setattr(torch.optim, "AdamW", MagicMock())
+    model = torch.nn.Linear(2, 2)
+    train = TrainConfig(output_dir="none")
+    config = Config(
+        model=ModelConfig(model_name_or_path="none"), data=DataConfig(train_file=("none",)), cc=CCConfig(), train=train
+    )
+    bench._stock_arm(model, config, bench.make_rows(bench.parse([])), Group(0, 1, torch.device("meta")))
+    assert model.weight.is_meta
 
 
 def test_data_without_a_tokenizer_is_refused(bench):
