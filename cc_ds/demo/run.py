@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoTokenizer
 
 from cc_ds import CCModelForCausalLM
@@ -78,6 +79,7 @@ def run_demo(root: str | Path, seeds: int, config: str, warmup_config: str) -> P
     if seeds < 1:
         raise ValueError(f"SEEDS must be 1 or more, not {seeds}")
     started = time.perf_counter()
+    torch.set_num_threads(1)  # so small a model gains nothing from two, and with one core taken they cost it sevenfold
     choose_accelerator()
     paths = DemoPaths(Path(root))
     _make_empty(paths.root)
