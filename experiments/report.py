@@ -1,8 +1,9 @@
 """The table of an experiment: scores by arm and mode, and differences from the first arm.
 
 Rows of a task are the same item in every language, so languages are not independent: an item's score is its mean over
-the languages of a group and over the seeds, and intervals and tests redraw items (cc_ds/eval/statistics.py). The spread
-over seeds is given beside them, and how many seeds agree on the sign.
+the languages of a group and over the seeds, and intervals redraw items (cc_ds/eval/statistics.py). They know nothing of
+other seeds: beside them stand the spread over seeds, the p of the paired t-test over seeds, and how many seeds agree on
+the sign. A difference is marked where both tests find it.
 """
 
 from __future__ import annotations
@@ -10,16 +11,17 @@ from __future__ import annotations
 import platform
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.stats import ttest_1samp
 
 from cc_ds.eval.comparison import significance_mark
 from cc_ds.eval.run import write_json
 from cc_ds.eval.statistics import compare
-from experiments.arms import settings
+from experiments.arms import ARMS, settings
 from experiments.prepare_data import TARGETS
 
 Results = Sequence[dict[str, Any]]
@@ -55,23 +57,30 @@ def items(result: dict[str, Any], mode: str, group: Group) -> np.ndarray:
     return np.mean([[int(mark) for mark in marks[lang]] for lang in group.langs], axis=0)
 
 
-def write_report(folder: Path, table: str, model: str, results: Results) -> Path:
-    """Write TABLE-MODEL.json, all figures, and TABLE-MODEL.md, the table; the path of the latter."""
+def write_report(folder: Path, table: str, model: str, results: Results, choice: dict[str, Any]) -> Path:
+    """Write TABLE-MODEL.json, all figures, and TABLE-MODEL.md, the table; the path of the latter.
+
+    Args:
+        choice: which rows were asked, and of how long a training: run.py's `choice_of`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     machine = {"processor": platform.machine(), "system": platform.system()}
-    write_json(
-        {"settings": settings(model), "machine": machine, "runs": list(results)}, folder / f"{table}-{model}.json"
-    )
+    arms = {arm: asdict(ARMS[arm]) for arm in dict.fromkeys(r["arm"] for r in results)}
+    every_figure = {"choice": choice, "settings": settings(model), "arms": arms, "machine": machine}
+    write_json(every_figure | {"runs": list(results)}, folder / f"{table}-{model}.json")
     hours = sum((r["train_cpu_seconds"] or 0) + r["measure_cpu_seconds"] for r in results) / 3600
     seeds = sorted({r["seed"] for r in results})
     text = "\n\n".join(
         [
             f"# {table}, {model}: seeds {', '.join(map(str, seeds))}; {hours:.2f} CPU hours",
+            f"SIB-200 {choice['split']}; {choice['benchmark_rows']} rows a language of XNLI and XStoryCloze"
+            + ("." if choice["max_steps"] is None else f"; a trial of {choice['max_steps']} steps."),
             "Accuracy in percent, mean ± standard deviation over seeds.",
             _scores(results),
-            f"Difference from {results[0]['arm']} in points ± standard deviation over seeds; 95 % interval over items, "
-            "which knows nothing of other seeds, * p < 0.05, ** p < 0.01; in brackets, seeds with a higher score.",
-            _differences(results),
+            *(text for baseline in ("sft", "sft-english") for text in _against(results, baseline)),
+            "How often the commonest answer is given, in percent of all languages' questions: near 100 the score says "
+            "nothing.",
+            _commonest(results),
             "By language (SIB-200).",
             _languages(results),
             "The gate at the end of training (last log line): its entropy and the norm of what is fused over that of "
@@ -120,19 +129,30 @@ def _scores(results: Results) -> str:
     return _markdown(["", *(group.name for group in groups)], lines)
 
 
-def _differences(results: Results) -> str:
+def _against(results: Results, baseline: str) -> list[str]:
+    """The differences from an arm, if it was run, under a line that says what they are."""
+    if not _of(results, baseline):
+        return []
+    return [
+        f"Difference from {baseline} in points, on the seeds of both, ± standard deviation over seeds; [95 % interval "
+        "over items]; p of the paired t-test over seeds; (seeds with a higher score). * p < 0.05 over items and over "
+        "seeds, ** p < 0.01.",
+        _differences(results, baseline),
+    ]
+
+
+def _differences(results: Results, baseline: str) -> str:
     groups = groups_of(results)
-    first = results[0]["arm"]
-    baseline = _of(results, first)
+    before = _of(results, baseline)
     lines = []
     for arm, mode in _variants(results):
-        if arm == first:
+        if arm == baseline:
             continue
         runs = _of(results, arm, mode)
-        seeds = sorted(runs.keys() & baseline.keys())
+        seeds = sorted(runs.keys() & before.keys())
         if seeds:
             cells = [
-                _difference([(items(baseline[s], "none", g), items(runs[s], mode, g)) for s in seeds]) for g in groups
+                _difference([(items(before[s], "none", g), items(runs[s], mode, g)) for s in seeds]) for g in groups
             ]
             lines.append([_name(arm, mode), *cells])
     return _markdown(["", *(group.name for group in groups)], lines)
@@ -143,10 +163,27 @@ def _difference(pairs: list[tuple[np.ndarray, np.ndarray]]) -> str:
     before, after = (np.mean(scores, axis=0) for scores in zip(*pairs))
     found = compare({"items": before.tolist()}, {"items": after.tolist()})
     gains = [100 * (other.mean() - base.mean()) for base, other in pairs]
-    spread = f" ± {statistics.stdev(gains):.1f}" if len(gains) > 1 else ""
     interval = f"[{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
-    higher = sum(gain > 0 for gain in gains)
-    return f"{100 * found.mean:+.1f}{spread} {interval}{significance_mark(found.p)} ({higher}/{len(pairs)})"
+    higher = f"({sum(gain > 0 for gain in gains)}/{len(pairs)})"
+    if len(gains) == 1:
+        return f"{100 * found.mean:+.1f} {interval} {higher}"
+    spread = statistics.stdev(gains)
+    if spread < 1e-9:  # no test: seeds that differ by the same are too few answers, not a certainty
+        return f"{100 * found.mean:+.1f} ± {spread:.1f} {interval} p - {higher}"
+    p = float(ttest_1samp(gains, 0).pvalue)
+    mark = significance_mark(max(p, found.p))
+    return f"{100 * found.mean:+.1f} ± {spread:.1f} {interval} p {p:.3f}{mark} {higher}"
+
+
+def _commonest(results: Results) -> str:
+    tasks = list(results[0]["tasks"])
+    lines = []
+    for arm, mode in _variants(results):
+        runs = _of(results, arm, mode)
+        given = {task: [r["tasks"][task]["given"][mode].values() for r in runs.values()] for task in tasks}
+        shares = {task: [100 * max(counts) / sum(counts) for counts in each] for task, each in given.items()}
+        lines.append([_name(arm, mode) + _fewer(runs, results), *(_cell(shares[task]) for task in tasks)])
+    return _markdown(["", *tasks], lines)
 
 
 def _languages(results: Results) -> str:

@@ -6,8 +6,7 @@
 Prepares data and model once, then trains each arm with each seed by cc_ds/train.py and asks it (measure.py). A run that
 has its result.json is done; one that was stopped goes on from its checkpoint. Stop it and start it again as you like:
 runs are taken seed by seed, so that after each seed every arm has it. Results land in experiments/results. Whoever asks
-other rows (--split, --benchmark_rows) or makes a trial (--max_steps) gives another --output and --results: what stands
-there is taken for done.
+other rows (--split, --benchmark_rows) or makes a trial (--max_steps) gives another --output and --results.
 """
 
 from __future__ import annotations
@@ -30,6 +29,7 @@ if __name__ == "__main__":
 
 from cc_ds import cli
 from cc_ds.data.batches import BatchStream
+from cc_ds.eval.run import write_json
 from experiments.arms import ARMS, MODELS, TABLES, TWINS, train_options
 from experiments.prepare_data import add_choice
 from experiments.report import write_report
@@ -65,6 +65,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     log.setLevel(logging.INFO)
     places = Places(args.output.resolve(), args.model)
+    choice = choice_of(args)
+    check_choice(choice, places.output / "choice.json", args.results / f"{args.table}-{args.model}.json")
     prepare(places, args)
     runs = [(arm, seed) for seed in range(1, args.seeds + 1) for arm in TABLES[args.table]]
     missing = [run for run in runs if not (places.run(*run) / "result.json").is_file()]
@@ -75,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
     failed = [f"{arm}-seed{seed}: {f.exception()}" for (arm, seed), f in futures.items() if f.exception()]
     results = [_result(places, *run) for run in runs if (places.run(*run) / "result.json").is_file()]
     if results:
-        print(write_report(args.results, args.table, args.model, results).read_text(encoding="utf-8"))
+        print(write_report(args.results, args.table, args.model, results, choice).read_text(encoding="utf-8"))
     if failed:
         raise ValueError("; ".join(failed))
 
@@ -96,6 +98,22 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--results", type=Path, default=REPO / "experiments" / "results", help="json and the table")
     parser.add_argument("--max_steps", type=cli.positive, help="a trial of so many steps")
     return parser.parse_args(argv)
+
+
+def choice_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What results depend on beside the arm and the seed."""
+    return {"split": args.split, "benchmark_rows": args.benchmark_rows, "max_steps": args.max_steps}
+
+
+def check_choice(choice: dict[str, Any], noted: Path, results: Path) -> None:
+    """Note the choice in a new folder of runs; ValueError where runs or results are there that came of another."""
+    for path in (noted, results):
+        made = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else choice
+        made = made.get("choice", made)
+        other = [f"--{key} {made.get(key)}, not {value}" for key, value in choice.items() if made.get(key) != value]
+        if other:
+            raise ValueError(f"{path} is of {', '.join(other)}: give another --output and --results")
+    write_json(choice, noted)
 
 
 def prepare(places: Places, args: argparse.Namespace) -> None:

@@ -17,7 +17,8 @@ def result(shares: dict[str, str]) -> dict:
     """A measurement in which every language has these marks, by mode."""
     languages = (*TARGETS, "en", "fr")
     marks = {mode: dict.fromkeys(languages, text) for mode, text in shares.items()}
-    tasks = {task: {"correct": marks, "given": {}} for task in ("sib200", "xnli", "xstorycloze")}
+    given = {mode: {"yes": 3, "no": 1} for mode in shares}
+    tasks = {task: {"correct": marks, "given": given} for task in ("sib200", "xnli", "xstorycloze")}
     training = {"lines": [{"loss": 9.0}]}
     fit = None
     if "matrix" in shares:
@@ -75,7 +76,25 @@ def test_only_what_is_missing_is_run(calls, tmp_path, capsys):
     calls.clear()
     run.main(command(tmp_path, "--seeds", "2"))
     assert {words[words.index("--seed") + 1] for script, words in calls if "train.py" in script} == {"2"}
-    assert "| cc, matrix | +50.0 ± 0.0 [" in (tmp_path / "results/main-gemma.md").read_text()
+    table = (tmp_path / "results/main-gemma.md").read_text()
+    assert "| cc, matrix | +50.0 ± 0.0 [" in table
+    assert "Difference from sft-english in points" in table
+    assert "| cc, matrix | 75.0 ± 0.0 | 75.0 ± 0.0 | 75.0 ± 0.0 |" in table, "the commonest answer's share"
+    assert json.loads((tmp_path / "results/main-gemma.json").read_text())["arms"]["sft-english"]["twins"] is True
+
+
+@pytest.mark.parametrize("where", ["out/choice.json", "results/main-gemma.json"])
+def test_runs_of_other_questions_do_not_pass_for_these(calls, tmp_path, where):
+    run.main(command(tmp_path, "--seeds", "1"))
+    calls.clear()
+    for path in ("out/choice.json", "results/main-gemma.json"):
+        if path != where:
+            (tmp_path / path).unlink()
+    with pytest.raises(ValueError, match=rf"{where} is of --split dev, not test, --benchmark_rows 20, not 200: give"):
+        run.main(command(tmp_path, "--seeds", "1", "--split", "test", "--benchmark_rows", "200"))
+    assert not calls
+    with pytest.raises(ValueError, match="--max_steps None, not 4"):
+        run.main(command(tmp_path, "--seeds", "1", "--max_steps", "4"))
 
 
 def test_a_model_is_asked_what_it_is_to_be_asked(calls, tmp_path):
@@ -157,8 +176,18 @@ def test_a_difference_pairs_items_and_counts_seeds():
     same = np.zeros(40)
     better = np.array([1.0, 0.0] * 20)
     text = report._difference([(same, better), (same, same)])
-    assert text.startswith("+25.0 ± 35.4 [") and text.endswith("** (1/2)")
+    assert text.startswith("+25.0 ± 35.4 [") and text.endswith("] p 0.500 (1/2)"), "the items alone would say **"
     assert report._difference([(better, better)]) == "+0.0 [+0.0, +0.0] (0/1)"
+
+
+def test_a_difference_is_marked_where_items_and_seeds_agree():
+    same = np.zeros(40)
+    shares = [np.arange(40) % 10 < tenths for tenths in (5, 6, 5)]
+    text = report._difference([(same, share) for share in shares])
+    # gains of 50, 60, 50: t = (160 / 3) / (5.774 / sqrt 3) = 16, and two degrees have p = 1 - t / sqrt(2 + t^2)
+    assert text.startswith("+53.3 ± 5.8 [") and text.endswith("] p 0.004 ** (3/3)")
+    assert " p - (3/3)" in report._difference([(same, shares[0])] * 3), "no spread, no test"
+    assert report._difference([(same, shares[0])]).endswith("] (1/1)")
 
 
 def test_what_the_gate_chose_and_how_the_matrices_fit():
@@ -186,4 +215,4 @@ def test_a_mode_that_one_seed_alone_was_asked_in():
     ]
     assert "| cc, matrix | 50.0 ± 35.4 |" in report._scores(runs)
     assert "| cc, rows (seed 2) | 100.0 |" in report._scores(runs)
-    assert "| cc, rows | +50.0 [" in report._differences(runs) and "(1/1)" in report._differences(runs)
+    assert "| cc, rows | +50.0 [" in report._differences(runs, "sft") and "(1/1)" in report._differences(runs, "sft")
