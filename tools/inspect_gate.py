@@ -85,9 +85,9 @@ def inspect_inference(args: argparse.Namespace) -> dict[str, Any]:
     cli.check_gate(model, args.model)
     english = None
     if all(row.prompt_en for row in rows):
-        english = [template.render_prompt(row.prompt_en) for row in rows]
+        english = [template.render_prompt(row.prompt_en, row.source) for row in rows]
     languages = [row.lang for row in rows]
-    prompts = [template.render_prompt(row.prompt) for row in rows]
+    prompts = [template.render_prompt(row.prompt, row.source) for row in rows]
     seen = gate_choices(model, prompts, english, languages, pad_token_id(tokenizer), args.batch_size)
     layer = int(seen.choice.mean(dim=0).argmax()) if args.layer is None else args.layer
     if not 0 <= layer < seen.choice.shape[1]:

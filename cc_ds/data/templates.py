@@ -108,11 +108,16 @@ class Template:
     stop_token_ids: list[int]
     """Tokens that end generation: the end of turn and eos."""
 
-    def render_prompt(self, messages: list[dict[str, str]]) -> RenderedPrompt:
+    def render_prompt(self, messages: list[dict[str, str]], where: str | None = None) -> RenderedPrompt:
         """Token ids of the prompt with its generation prompt; exactly one BOS where there is a `bos_id`.
 
-        Raises TemplateRejects where the template refuses the conversation.
+        Raises TemplateRejects where the template refuses the conversation; the message begins with `where` it stands.
         """
+        if where is not None:
+            try:
+                return self.render_prompt(messages)
+            except TemplateRejects as error:
+                raise TemplateRejects(f"{where}: the chat template rejects it ({error})") from error
         ids = _encode(self.tokenizer, _render(self.tokenizer, self.chat_template, messages, add_generation_prompt=True))
         if self.bos_id is not None:
             first = next((index for index, token in enumerate(ids) if token != self.bos_id), len(ids))

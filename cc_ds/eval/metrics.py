@@ -16,8 +16,15 @@ from cc_ds.eval.text import answer_words, ascii_digits, normalise, words, yes_or
 
 # Latin letters with and without diacritics, and combining marks: what a key or a short answer may not touch.
 _LATIN = r"A-Za-z\u00c0-\u024f\u1e00-\u1eff\u0300-\u036f"
-# "A" before a small letter is an article (English, Portuguese) unless the word is "is" in a language of the benchmarks.
-_IS = {"is", "was", "es", "é", "adalah", "ni"}
+# "A" before a small letter is an article (English, Portuguese) unless the word is "is" or "because" in a language of
+# the benchmarks.
+_NO_NOUN = {"is", "was", "es", "é", "adalah", "ni", "because", "since", "porque", "pois", "weil", "karena", "vì", "kwa"}
+# What follows a key makes it part of a word ("D-dimer", "d'une"; not Turkish "B'dir", which is "is B"), of a number,
+# or of a formula ("A = 3", "A = l * w"; not "2 = Neutral", nor the tag of "2</answer>").
+_GOES_ON = (
+    rf"[{_LATIN}\d]|[.,]\d|(?<=[A-Za-z])-[{_LATIN}]|(?<=[CDcd])['’][aeiouhàâéèêîôû]"
+    r"|\s*(?:[+^]|=\s*(?:[-\d]|\w+\s*[-+*/×^=])|(?!</?\w+>)[<>]=?\s*(?:\d|[A-Za-z]\b))"
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,7 +111,7 @@ def chosen_option(response: str, options: Mapping[str, str]) -> str | None:
     The first of these that is found: the text of one option, as the whole response; a key that opens the response and
     is all of it, or is followed by punctuation or a line break; a key in brackets; a key that stands alone; a key that
     opens the response; the text of an option, where the response holds exactly one (and maybe parts of it). An "A" that
-    is an article is no key, nor is what touches a letter, a hyphen and a letter ("D-dimer") or a sign of arithmetic.
+    is an article is no key, nor is what is part of a word, a number or a formula (`_GOES_ON`).
     Digits of every script count.
     """
     if not options:
@@ -115,12 +122,11 @@ def chosen_option(response: str, options: Mapping[str, str]) -> str | None:
     # The longest first: none of "1" where "10" is meant.
     keys = "|".join(re.escape(key) for key in sorted(options, key=len, reverse=True))
     opening = rf"^[\W_]*({keys})"
-    goes_on = rf"[{_LATIN}\d]|[.,]\d|[-'’][{_LATIN}]|\s*[+=<>^]"
     for pattern, flags in (
-        (rf"{opening}(?!{goes_on})\s*(?:$|\n|[^\w\s])", re.IGNORECASE),
+        (rf"{opening}(?!{_GOES_ON})\s*(?:$|\n|[^\w\s])", re.IGNORECASE),
         (rf"\(\s*({keys})\s*\)", 0),
-        (rf"(?<![{_LATIN}\d])(?<!\d[.,])({keys})(?!{goes_on})", 0),
-        (rf"{opening}(?!{goes_on})", 0),
+        (rf"(?<![{_LATIN}\d])(?<!\d[.,])(?<![+^])(?<![+^]\s)({keys})(?!{_GOES_ON})", 0),
+        (rf"{opening}(?!{_GOES_ON})", 0),
     ):
         for match in re.finditer(pattern, text, flags):
             if not _is_article(match.group(1), text[match.end(1) :]):
@@ -144,8 +150,8 @@ def _option_said(response: str, options: Mapping[str, str]) -> str | None:
 
 
 def _is_article(key: str, rest: str) -> bool:
-    following = re.match(r"\s+(\w+)", rest)
-    return key == "A" and bool(following) and following[1][0].islower() and following[1] not in _IS
+    following = re.match(r"[ \t]+(\w+)", rest)
+    return key == "A" and bool(following) and following[1][0].islower() and following[1] not in _NO_NOUN
 
 
 def _stands_in(answer: str, text: str) -> bool:

@@ -166,8 +166,8 @@ def _longest_first(rows: Sequence[EvalRow], template: Template, mode: str) -> li
     rendered = [
         (
             row,
-            template.render_prompt(row.prompt),
-            template.render_prompt(row.prompt_en) if mode == "english" and row.prompt_en else None,
+            template.render_prompt(row.prompt, row.where),
+            template.render_prompt(row.prompt_en, row.where) if mode == "english" and row.prompt_en else None,
         )
         for row in rows
     ]

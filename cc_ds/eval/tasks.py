@@ -130,15 +130,18 @@ def _only(rows: list[EvalRow], langs: Iterable[str] | None) -> list[EvalRow]:
 def _with_items(rows: Iterable[EvalRow]) -> list[EvalRow]:
     """Name each row's item by its English prompt; without one, by its place among the rows of its language.
 
-    Places join translations of a parallel file. Where the files are not parallel they join rows that have nothing in
-    common, and that costs nothing: redrawn together or apart, unrelated rows spread the same.
+    An item has one row a language: rows of a language that share their English prompt (an instruction, where the text
+    is in an untranslated input) are told apart by their order. Places join translations of a parallel file. Where the
+    files are not parallel they join rows that have nothing in common, and that costs nothing: redrawn together or
+    apart, unrelated rows spread the same.
     """
-    places: Counter[str] = Counter()
+    places: Counter[tuple[str, str]] = Counter()
     named = []
     for row in rows:
-        places[row.lang] += 1
         english = row.prompt_en or (row.prompt if is_language(row.lang, ENGLISH) else None)
-        content = json.dumps(english or places[row.lang], ensure_ascii=False, sort_keys=True)
+        prompt = json.dumps(english, ensure_ascii=False, sort_keys=True)
+        places[row.lang, prompt] += 1
+        content = f"{prompt} {places[row.lang, prompt]}"
         named.append(replace(row, item=hashlib.sha256(content.encode()).hexdigest()[:16]))
     return named
 

@@ -45,14 +45,21 @@ _YES_NO = {
     "ar": ("نعم أجل بلى", "لا كلا"),
     "de": ("ja jawohl", "nein"),
     "en": ("yes", "no"),
-    "ja": ("はい ええ", "いいえ いや"),
+    "ja": ("はい ええ そうです", "いいえ いや 違います"),
     "ko": ("네 예 맞습니다", "아니요 아니오 아니 아닙니다"),
     "pt": ("sim", "não"),
     "ru": ("да", "нет"),
     "tr": ("evet", "hayır"),
     "vi": ("có vâng đúng phải", "không"),
-    "zh": ("是的 是 对", "不是 不 否 没有 没"),
+    "zh": ("是的 是 对 没错 不错", "不是 不 否 没有 没"),
 }
+# Chinese and Japanese have no spaces to stand between. There the words count where a clause begins. Replaced before:
+# what holds 是, 对, 不 or はい and says neither, other ways to say either, and "the answer is".
+_CLAUSES = {
+    "ja": {"とはいえ": "", "答えは": " ", "回答は": " "},
+    "zh": {"是否定": " 否 ", "是肯定": " 是 ", "是否": "", "是不是": "", "对不对": "", "有没有": "", "对不起": "",
+           "不好意思": "", "对于": "", "答案是": " ", "答案为": " ", "回答是": " ", "回答为": " "},
+}  # fmt: skip
 _ARABIC_ARTICLE = re.compile(r"(?<!\S)ال(?=\S)")
 
 
@@ -123,11 +130,14 @@ def yes_or_no(text: str, lang: str, whole: bool = False) -> str | None:
 
     `whole`: the text must be that word alone. Of languages other than MKQA's ten, only the English words are known.
     """
-    said = normalise(text)
     for code in dict.fromkeys((lang, "en")):
+        said = normalise(text)
+        for phrase, meant in _CLAUSES.get(code, {}).items():
+            said = said.replace(phrase, meant)
+        said = " ".join(said.split())
         if pattern := _yes_no_pattern(code):
             if match := (pattern.fullmatch(said) if whole else pattern.search(said)):
-                return match.lastgroup
+                return match.lastgroup.partition("_")[0]
     return None
 
 
@@ -135,10 +145,11 @@ def yes_or_no(text: str, lang: str, whole: bool = False) -> str | None:
 def _yes_no_pattern(lang: str) -> re.Pattern[str] | None:
     if lang not in _YES_NO:
         return None
-    yes, no = ("|".join(words.split()) for words in _YES_NO[lang])
-    either = rf"(?:(?P<no>{no})|(?P<yes>{yes}))"
-    # Chinese and Japanese have no spaces to stand between; 是 before 否, and 对 before 不起 (sorry), are no yes.
-    return re.compile(rf"{either}(?!否|不起)" if lang in ("ja", "zh") else rf"(?<!\w){either}(?!\w)")
+    meanings = dict(zip(("yes", "no"), map(str.split, _YES_NO[lang])))
+    words = {word: meaning for meaning, each in meanings.items() for word in each}
+    longest_first = sorted(words, key=len, reverse=True)  # 没错 (right) is not 没
+    either = "|".join(f"(?P<{words[word]}_{number}>{word})" for number, word in enumerate(longest_first))
+    return re.compile(rf"(?<!\w)(?:{either})" + ("" if lang in _CLAUSES else r"(?!\w)"))
 
 
 def _dates(iso: str, lang: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import tempfile
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from cc_ds.data.templates import TemplateRejects
 from cc_ds.dist.group import Group
 from cc_ds.dist.patience import main_first
 from cc_ds.dist.zero import full_state_dict
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
     from cc_ds import CCModelForCausalLM
     from cc_ds.data.pairs import Row
     from cc_ds.data.templates import Template
+
+log = logging.getLogger(__name__)
 
 # Of the pairs fitted, to choose the ridge on; W is then fitted on all of them.
 _CHOOSING_SHARE = 0.2
@@ -79,25 +83,26 @@ def fit_model(
     """
     options, group = options or FitOptions(), group or Group.alone()
     fit, judged = sample_pairs(rows, options.num_pairs, options.held_out, options.seed)
+    pairs = render_pairs(template, rows, fit + judged)
+    fit, judged = ([index for index in side if index in pairs] for side in (fit, judged))
+    if not fit:
+        raise ValueError("the chat template rejects every pair to fit on: fit on more pairs (--num_pairs)")
     share = _CHOOSING_SHARE if options.ridge == "auto" else 0.0
     train, choosing = split_by_english(rows, fit, share, random.Random(options.seed))
     if not train:
         train, choosing = choosing, []
-    pairs = [
-        PromptPair(
-            pair_id=index,
-            lang=rows[index].lang,
-            source=template.render_prompt(rows[index].prompt),
-            target=template.render_prompt(rows[index].prompt_en),
-        )
-        for index in fit + judged
-    ]
     with tempfile.TemporaryDirectory() if options.activations is None else nullcontext() as scratch:
         # A temporary folder must be one that all ranks see: rank 0's.
         folder = group.main_only(lambda: str(options.activations or scratch))
         pad_id = pad_token_id(tokenizer)
         collect_activations(
-            model, pairs, folder, pad_id, options.batch_size, pairs_per_shard=options.pairs_per_shard, group=group
+            model,
+            list(pairs.values()),
+            folder,
+            pad_id,
+            options.batch_size,
+            pairs_per_shard=options.pairs_per_shard,
+            group=group,
         )
         result = fit_problems(
             shard_problems(folder, options.scope, set(train), set(choosing), group),
@@ -113,6 +118,27 @@ def fit_model(
         group.barrier()  # nobody's folder goes while another rank reads in it
     model.set_transform(result.transform)
     return {"fit": {"pairs": len(fit), **_numbers(result)}, "held_out": report}
+
+
+def render_pairs(template: Template, rows: Sequence[Row], chosen: Sequence[int]) -> dict[int, PromptPair]:
+    """The chosen rows by index, without those that the chat template refuses: training leaves them out as well.
+
+    ValueError: it refuses all.
+    """
+    pairs, refused = {}, []
+    for index in chosen:
+        row = rows[index]
+        try:
+            source, target = (template.render_prompt(side, row.source) for side in (row.prompt, row.prompt_en))
+        except TemplateRejects as error:
+            refused.append(error)
+            continue
+        pairs[index] = PromptPair(pair_id=index, lang=row.lang, source=source, target=target)
+    if not pairs:
+        raise ValueError(f"no pair can be read; the first: {refused[0]}")
+    if refused:
+        log.warning("%d of %d pairs left out; the first: %s", len(refused), len(chosen), refused[0])
+    return pairs
 
 
 def save_fitted(

@@ -105,6 +105,17 @@ def test_a_generation_config_that_could_not_be_saved_again_is_mended_before_trai
     assert written.do_sample and written.temperature == 0.9 and written.eos_token_id == [2, 3]
 
 
+@pytest.mark.parametrize("stored", [{"temperature": 0.0}, {"do_sample": False, "temperature": 0.5, "top_k": 1}])
+def test_a_greedy_generation_config_stays_greedy(stored, tmp_path):
+    model = tiny_models.cc_model()
+    model.generation_config = GenerationConfig(**stored)
+    complete_generation_config(model, RunData(MagicMock(pad_token_id=0), MagicMock(stop_token_ids=(2,)), None, None))
+    model.save_pretrained(tmp_path)
+    written = GenerationConfig.from_pretrained(tmp_path)
+    assert not written.do_sample and written.temperature is None and written.top_k is None
+    model.generate(torch.tensor([[1, 3]]), attention_mask=torch.ones(1, 2), max_new_tokens=2, connect=False)
+
+
 @pytest.mark.parametrize("method", ["cc", "sft"])
 def test_only_a_decision_maker_that_was_trained_is_exported(method, tmp_path):
     tiny_models.cc_model().save_pretrained(tmp_path)

@@ -69,6 +69,14 @@ def test_rows_of_one_item_share_its_name(tmp_path):
     assert placed[:3] == placed[3:] and len(set(placed)) == 3
 
 
+def test_rows_of_a_language_that_share_their_english_prompt_are_items_of_their_own(tmp_path):
+    same = {"prompt_en": "What is it?", "answer": "x"}
+    for lang in ("sw", "yo"):
+        write(tmp_path / f"{lang}.jsonl", [{"prompt": f"{lang}{i}"} | same for i in range(3)])
+    items = [row.item for row in load_task("shared", tmp_path).rows]
+    assert items[:3] == items[3:] and len(set(items)) == 3
+
+
 def test_atlas_is_the_demo_test_split():
     from cc_ds.demo.atlas import build_atlas
 

@@ -255,6 +255,29 @@ def test_generate_names_the_bad_row(tmp_path, line, message):
         generate("nowhere", "--input", path)
 
 
+def test_rows_that_the_chat_template_rejects_are_named(model_folder, fitted, pairs_file, tmp_path, caplog, capsys):
+    strict = tmp_path / "strict"
+    shutil.copytree(fitted, strict)
+    source = (strict / "chat_template.jinja").read_text(encoding="utf-8")
+    refusal = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    (strict / "chat_template.jinja").write_text(refusal + source, encoding="utf-8")
+    with pairs_file.open("a", encoding="utf-8") as stream:
+        stream.write(
+            '{"instruction": "moja", "instruction_en": "one", "system": "s", "answers": ["x"], "lang": "sw"}\n'
+        )
+    fit(strict, pairs_file, tmp_path / "again", "--held_out", "0")
+    assert "1 of 15 pairs left out; the first: " in caplog.text and "pairs.jsonl:15: the chat template" in caplog.text
+    assert json.loads((tmp_path / "again/transform_report.json").read_text())["fit"]["pairs"] == 14
+    for ask in (
+        lambda: generate(strict, "--input", pairs_file),
+        lambda: evaluate_tool.main(["--model", str(strict), "--data", str(pairs_file), "--device", "cpu"]),
+    ):
+        with pytest.raises(
+            ValueError, match=r"pairs.jsonl(:|, line )15: the chat template rejects it \(.*not supported"
+        ):
+            ask()
+
+
 def test_mistakes_end_in_one_line_and_code_2(model_folder, pairs_file, tmp_path, capsys):
     def ends(main) -> tuple[int, str]:
         with pytest.raises(SystemExit) as stop:
