@@ -219,7 +219,7 @@ class TrainConfig:
         _require(ratio is None or 0 <= ratio <= 1, "warmup_ratio", ratio, "between 0 and 1")
         _require(steps is None or steps >= 0, "warmup_steps", steps, "0 or more")
         if ratio is not None and steps is not None:
-            raise ValueError("warmup_ratio and warmup_steps are both given: leave one out, or say none for the file's")
+            raise ValueError("warmup_ratio and warmup_steps are both given: leave one out")
 
     def rows_per_step(self, ranks: int) -> int:
         """Rows of an optimiser step, over all micro-batches and data-parallel ranks."""
@@ -268,6 +268,8 @@ def load_config(argv: list[str]) -> Config:
     if path is not None:
         _require(isinstance(path, str), "config", path, "one YAML file")
         values |= {key: (value, path) for key, value in read_yaml(path).items()}
+    if not _ONE_OF.isdisjoint(overrides):  # the command line wins over the file in this as well
+        values = {key: value for key, value in values.items() if key not in _ONE_OF}
     values |= {key: (value, "command line") for key, value in overrides.items()}
     known = {item.name for part in _PARTS.values() for item in dataclasses.fields(part)}
     for key, (_, source) in values.items():
@@ -281,6 +283,8 @@ def load_config(argv: list[str]) -> Config:
     return Config(**{name: _build(part, values) for name, part in _PARTS.items()}, given=frozenset(values))
 
 
+_ONE_OF = {"warmup_ratio", "warmup_steps"}
+"""Two ways to say one thing."""
 _BARE = {"resume_from_checkpoint": "latest"}
 """What an option says without a value, where that is not true."""
 

@@ -93,6 +93,7 @@ class Trainer:
         self.total_steps = count_steps(config, len(train_rows), group.data_size)
         layers = engine.module.config.num_hidden_layers
         cost = row_cost(engine.module, config.cc.english_grad)
+        self.rows_digest = rows_digest(train_rows)  # once: the cache's folder may be cleared while it is read
         self.feed = StepFeed(train_rows, group, config, pad_token_id, layers, cost)
         languages = pc.unique(train_rows.with_format("arrow")["lang"]).to_pylist()  # no row becomes a Python object
         self.window = Window(group, sorted(languages), layers)
@@ -217,7 +218,7 @@ class Trainer:
             return
         state = {"step": self.step, "data": self.feed.state_dict(), "seed": self.train_config.seed}
         state |= layout_state(self.engine, self.group, self.config)
-        state["rows_digest"] = rows_digest(self.feed.stream.dataset)
+        state["rows_digest"] = self.rows_digest
         with self.window.paused():
             path = save_checkpoint(
                 self.engine,
@@ -249,7 +250,8 @@ class Trainer:
         load_checkpoint(self.engine, self.group, self.run, path)
         self.step = self.run.step = state["step"]
         self.feed.load_state_dict(state["data"])
-        if state["rows_digest"] != rows_digest(self.feed.stream.dataset):
+        digests = {state["rows_digest"], self.rows_digest} - {None}
+        if len(digests) > 1:
             changed = "the data, the chat template, the tokenizer or the lengths have changed since"
             log.warning("the rows are as many as in %s, but others: %s", path, changed)
         log.info("resumed from %s at step %d/%d", path, self.step, self.total_steps)

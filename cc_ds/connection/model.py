@@ -106,7 +106,7 @@ class CCModelForCausalLM:
             initialises a Linear.
 
         Raises:
-            ValueError: an unknown family, no weights, or a connection file that does not fit the model.
+            ValueError: an unknown family, no weights, or not all, or a connection file that does not fit the model.
         """
         export.check_model_folder(path_or_id)
         hub = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
@@ -132,6 +132,13 @@ class CCModelForCausalLM:
         # Where transformers knows which weights a checkpoint had; the authors' have the Decision Maker among them.
         self.gate_was_stored = "decision_maker.weight" not in loading_info.missing_keys
         super()._adjust_missing_and_unexpected_keys(loading_info)
+        ours = ("decision_maker.", "trained_transform.")
+        if missing := sorted(name for name in loading_info.missing_keys if not name.startswith(ours)):
+            raise ValueError(
+                f"{self.name_or_path}: {len(missing)} weights of a {self.config.model_type} model are not in its files "
+                f"({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}), and would be random: it is damaged, "
+                "or of a kind whose text model can't be taken out of it"
+            )
 
     @classmethod
     def from_config(cls, config: PretrainedConfig, cc_config: CCConfig | None = None) -> CCModelForCausalLM:
@@ -368,7 +375,7 @@ class CCModelForCausalLM:
     def generate(
         self,
         inputs: Tensor | None = None,
-        generation_config: GenerationConfig | None = None,
+        generation_config: GenerationConfig | Tensor | None = None,
         *,
         attention_mask: Tensor | None = None,
         anchors: Tensor | None = None,
@@ -386,7 +393,8 @@ class CCModelForCausalLM:
         S W, read from the target prompt in one prefill; else, or with `connect=False`, generation is plain.
 
         Args:
-            inputs, attention_mask: (B, T), padded on the left; `inputs` may be called input_ids, as in Hugging Face's.
+            inputs, attention_mask: (B, T), padded on the left; `inputs` may be called input_ids, as in Hugging Face's,
+                and the mask may stand in the place of `generation_config`.
             anchors: (B,) int64; None: the last prompt token.
             connect: whether to connect, or (B,) bool, which rows.
             languages: B names, each row's language or None; a transform with a matrix per language needs them.
@@ -395,6 +403,10 @@ class CCModelForCausalLM:
 
         Threads that share a model take turns: what acts in a prefill is kept in the model.
         """
+        if isinstance(generation_config, Tensor):  # generate(prompts, mask), as forward takes them
+            if attention_mask is not None:
+                raise ValueError("attention_mask is given twice: by place, after the prompts, and by name")
+            generation_config, attention_mask = None, generation_config
         kwargs["generation_config"] = generation_config
         if (input_ids := kwargs.pop("input_ids", None)) is not None:
             if inputs is not None:

@@ -61,7 +61,12 @@ def tokenise_row(
         english = [] if row.prompt_en is None else template.render_prompt(row.prompt_en).ids
         text = template.encode_response(row.response, row.reasoning_content, row.prompt)
     except TemplateRejects as error:
-        return BadRow(row.source, f"the chat template rejects the conversation: {error}")
+        remedy = (
+            "; a built-in one joins it to the first question (--chat_template)"
+            if "system" in str(error).lower()
+            else ""
+        )
+        return BadRow(row.source, f"the chat template rejects the conversation: {error}{remedy}")
     if not text:
         return BadRow(row.source, "the response has no tokens")
     if any(token in template.stop_token_ids for token in text):

@@ -7,7 +7,7 @@ processes at work at once each ends with a whole one. A folder holds
 
     data.arrow      the tokenised rows (see encode.py), an Arrow stream
     summary.json    what was read, cut and left out, so that a cached load reports the same
-    manifest.json   the SHA-256 of both, by which damage is recognised
+    manifest.json   the SHA-256 of both, by which damage is recognised, and of the rows (`rows_digest`)
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from transformers import PreTrainedTokenizerBase
 
-FORMAT_VERSION = 2  # raise it whenever the same input would give other rows
+FORMAT_VERSION = 3  # raise it whenever the same input would give other rows
 ROWS_PER_BATCH = 1000
 STALE_AFTER_SECONDS = 24 * 3600
 SAY_EVERY_SECONDS = 30.0
@@ -89,11 +90,11 @@ def load_tokenised(
 
 
 def rows_digest(rows: datasets.Dataset) -> str | None:
-    """SHA-256 of rows that `load_tokenised` gave; None for others."""
+    """SHA-256 of rows that `load_tokenised` gave, whatever their files are called; None for others."""
     if not rows.cache_files:
         return None
     manifest = Path(rows.cache_files[0]["filename"]).with_name("manifest.json")
-    return json.loads(manifest.read_text(encoding="utf-8"))["data.arrow"] if manifest.exists() else None
+    return json.loads(manifest.read_text(encoding="utf-8"))["rows"] if manifest.exists() else None
 
 
 def _cache_key(sources: Sequence[Source], template: Template, options: Mapping[str, Any]) -> str:
@@ -130,18 +131,19 @@ def _build(
     import pyarrow as pa
 
     building.mkdir(parents=True)
-    summary = Summary()
+    summary, digest = Summary(), hashlib.sha256()
     with pa.OSFile(str(building / "data.arrow"), "wb") as sink, pa.ipc.new_stream(sink, _schema()) as writer:
-        batch = []
-        for row in _tokenised_rows(sources, template, limits, column_map, summary):
-            batch.append(row)
-            if len(batch) == ROWS_PER_BATCH:
-                writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=_schema()))
-                batch = []
-        writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=_schema()))
+        rows = _tokenised_rows(sources, template, limits, column_map, summary)
+        batch = None
+        while batch is None or batch:  # one batch at least, and an empty one last: no stream without any
+            batch = list(islice(rows, ROWS_PER_BATCH))
+            columns = pa.RecordBatch.from_pylist(batch, schema=_schema())
+            writer.write_batch(columns)
+            digest.update(columns.drop_columns(["source"]).serialize())
     (building / "summary.json").write_text(summary.to_json(), encoding="utf-8")
     digests = {name: digest_of_file(building / name) for name in ("data.arrow", "summary.json")}
-    (building / "manifest.json").write_text(json.dumps(digests), encoding="utf-8")
+    manifest = digests | {"rows": digest.hexdigest()}
+    (building / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
 
 
 def _tokenised_rows(
@@ -190,7 +192,7 @@ def _open(folder: Path) -> tuple[datasets.Dataset, Summary] | None:
 
     try:
         digests = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        if {name: digest_of_file(folder / name) for name in ("data.arrow", "summary.json")} != digests:
+        if any(digest_of_file(folder / name) != digests.get(name) for name in ("data.arrow", "summary.json")):
             log.warning("the cache %s is damaged and will be built anew", folder)
             return None
         summary = Summary.from_json((folder / "summary.json").read_text(encoding="utf-8"))

@@ -183,7 +183,8 @@ def start_group(tensor_size: int = 1, step_timeout: float = 0.0) -> Group:
 def _check_gpus_are_used() -> None:
     """Rather than train on the CPU of a machine with GPUs, without a word, for want of the right torch."""
     has_gpus = FIRST_GPU.exists() or os.environ.get("SLURM_GPUS_ON_NODE", "0") not in ("", "0")
-    if has_gpus and not torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
+    unwanted = os.environ.get("DS_ACCELERATOR") == "cpu" or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if has_gpus and not unwanted and not torch.cuda.is_available():
         raise ValueError(
             f"this machine has GPUs, but torch {torch.__version__} can't use them: install one with CUDA, which the "
             f"driver knows (TORCH=torch===2.13.0 bash tools/make_venv.sh .venv), or set DS_ACCELERATOR=cpu"

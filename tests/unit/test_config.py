@@ -44,7 +44,7 @@ def test_warmup(options, steps):
 def test_warmup_steps_in_place_of_the_files_ratio(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("warmup_ratio: 0.1\n")
-    config = load_config(["--config", str(path), *REQUIRED, "--warmup_steps", "7", "--warmup_ratio", "none"])
+    config = load_config(["--config", str(path), *REQUIRED, "--warmup_steps", "7"])
     assert config.train.warmup(100) == 7
 
 

@@ -186,7 +186,9 @@ def test_rows_that_the_template_refuses_or_that_hold_a_stop_token(make_bpe):
     system = [{"role": "system", "content": "S"}, *user("A")]
     for row in (Row(system, "B", None, "sw", "f:4"), Row(user("A"), "B", system, "sw", "f:4")):
         bad = tokenise_row(row, template, 512, 512)
-        assert bad == BadRow("f:4", "the chat template rejects the conversation: TemplateError: no system role")
+        assert bad.source == "f:4" and bad.reason.startswith(
+            "the chat template rejects the conversation: TemplateError: no system role; a built-in one joins it to the"
+        )
     bad = tokenise_row(Row(user("A"), "B<|im_end|> C", None, "sw", "f:4"), template, 512, 512)
     assert isinstance(bad, BadRow)
     assert "stop token" in bad.reason

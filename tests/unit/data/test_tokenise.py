@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import shutil
 
 import datasets
 import pytest
@@ -218,6 +219,15 @@ def test_the_digest_of_rows_is_that_of_their_tokens(load, tmp_path):
     assert rows_digest(rows) == rows_digest(longer) and len(rows_digest(rows)) == 64
     assert rows_digest(load(template="plain", max_length=640)[0]) != rows_digest(rows)
     assert rows_digest(datasets.Dataset.from_list([{"input_ids": [1]}])) is None
+
+
+def test_the_digest_of_rows_is_not_that_of_their_files_name(load, path, bpe, tmp_path):
+    other = tmp_path / "elsewhere" / f"renamed{path.suffix}"
+    other.parent.mkdir()
+    shutil.copy(path, other)
+    rows = load()[0]
+    moved, _ = load_tokenised(other, bpe, "chatml", max_length=64, max_english_length=32, cache_dir=tmp_path / "cache")
+    assert rows["source"] != moved["source"] and rows_digest(rows) == rows_digest(moved)
 
 
 def test_several_processes_at_once(path, bpe, tmp_path):

@@ -54,6 +54,7 @@ def test_ds_accelerator_leaves_a_gpu_alone(gpu, monkeypatch):
 @pytest.mark.parametrize("seen", ["device", "slurm"])
 def test_gpus_that_torch_cannot_use_are_an_error(seen, monkeypatch, tmp_path):
     monkeypatch.delenv("DS_ACCELERATOR")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     monkeypatch.setattr(group, "FIRST_GPU", tmp_path / "nvidia0")
     if seen == "device":
         (tmp_path / "nvidia0").touch()
@@ -61,6 +62,8 @@ def test_gpus_that_torch_cannot_use_are_an_error(seen, monkeypatch, tmp_path):
         monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8")
     with pytest.raises(ValueError, match=rf"torch {re.escape(torch.__version__)} can't use them.*DS_ACCELERATOR=cpu"):
         start_group()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")  # whoever hides them does not want them
+    group._check_gpus_are_used()
 
 
 def test_tests_see_no_gpu():

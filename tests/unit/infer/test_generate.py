@@ -111,6 +111,11 @@ def test_prompts_are_named_as_in_hugging_faces_generate(connect):
     expected = model.generate(input_ids=ids, generation_config=config, connect=connect)
     assert torch.equal(model.generate(inputs=ids, generation_config=config, connect=connect), expected)
     assert torch.equal(model.generate(ids, config, connect=connect), expected)
+    padded, mask = torch.cat([ids * 0, ids], dim=1), torch.cat([ids * 0, ids * 0 + 1], dim=1)
+    found = model.generate(padded, mask, connect=connect, **config.to_diff_dict())
+    assert torch.equal(found[:, ids.shape[1] :], expected), "the mask by place"
+    with pytest.raises(ValueError, match="attention_mask is given twice"):
+        model.generate(padded, mask, attention_mask=mask, connect=connect)
     with pytest.raises(ValueError, match="two names for the prompts"):
         model.generate(ids, config, input_ids=ids, connect=connect)
 

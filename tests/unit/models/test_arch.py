@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from reference.two_pass import connected_logits, ffn_outputs
+from safetensors.torch import load_file, save_file
 from tiny_models import CONFIGS, VOCAB, batch, cc_model, stock_twin
 from transformers import AutoConfig, AutoModelForImageTextToText, GPT2Config
 
@@ -78,6 +79,21 @@ def test_the_text_model_of_a_multimodal_checkpoint_is_loaded(family, tied, tmp_p
     again = CCModelForCausalLM.from_pretrained(tmp_path / "tuned")
     assert again.config.model_type == model.config.model_type in FAMILIES
     assert torch.equal(again(ids, mask).logits, model(ids, mask).logits)
+
+
+@pytest.mark.parametrize("kind", ["damaged", "multimodal"])
+def test_weights_that_the_files_lack_are_not_made_up(kind, tmp_path):
+    if kind == "damaged":
+        cc_model("llama").save_pretrained(tmp_path)
+        weights = load_file(tmp_path / "model.safetensors")
+        del weights["model.layers.1.mlp.up_proj.weight"]
+        save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    else:  # the text model stands elsewhere than in Gemma 3 and Mistral 3
+        text = SMALL_TEXT | {"model_type": "llama", "num_key_value_heads": 2, "pad_token_id": 0}
+        config = AutoConfig.for_model("smolvlm", text_config=text, vision_config=SMALL_VISION, image_token_id=2)
+        AutoModelForImageTextToText.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"weights of a llama model are not in its files \(.*would be random"):
+        CCModelForCausalLM.from_pretrained(tmp_path)
 
 
 def test_an_unknown_family_is_told_what_to_add():
