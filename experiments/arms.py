@@ -64,8 +64,8 @@ ARMS = {
 }
 TABLES = {
     "main": ("sft", "sft-english", "cc", "cc-nograd"),
-    "best": ("sft", "sft-english", "cc-norm"),
-    "improve": ("sft", "cc", *(name for name in ARMS if name.startswith("cc-") and name != "cc-nograd")),
+    "best": ("sft", "sft-english", "cc-norm", "cc-norm-english"),
+    "improve": ("sft", "sft-english", "cc", *(name for name in ARMS if name.startswith("cc-") and name != "cc-nograd")),
 }
 """Name -> arms; the first is what the others are compared with."""
 
