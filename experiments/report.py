@@ -21,7 +21,7 @@ from scipy.stats import ttest_1samp
 from cc_ds.eval.comparison import significance_mark
 from cc_ds.eval.run import write_json
 from cc_ds.eval.statistics import compare
-from experiments.arms import ARMS, settings
+from experiments.arms import ARMS, MODELS, settings
 from experiments.prepare_data import TARGETS
 
 Results = Sequence[dict[str, Any]]
@@ -74,6 +74,7 @@ def write_report(folder: Path, table: str, model: str, results: Results, choice:
         [
             f"# {table}, {model}: seeds {', '.join(map(str, seeds))}; {hours:.2f} CPU hours",
             f"SIB-200 {choice['split']}; {choice['benchmark_rows']} rows a language of XNLI and XStoryCloze"
+            + (f"; of all these, one item in {MODELS[model].every}" if MODELS[model].every > 1 else "")
             + ("." if choice["max_steps"] is None else f"; a trial of {choice['max_steps']} steps."),
             "Accuracy in percent, mean ± standard deviation over seeds.",
             _scores(results),
