@@ -5,8 +5,8 @@
         --data experiments_output/data --output experiments_output/models/smollm2
 
 Weights are of 4 bits and become float32. Every text of the rows is then tokenised by both tokenizers, and eight of them
-are read by both models:
-anything but the same pieces and the same logits at kept tokens ends the script, and nothing is left behind.
+are read by both models: anything but the same pieces and the same logits at kept tokens ends the script, and nothing is
+left behind.
 """
 
 from __future__ import annotations
