@@ -50,6 +50,8 @@ start_job() {
     fi
 
     restarts=${SLURM_RESTART_COUNT:-0}
+    # A requeued job goes on from its own newest checkpoint, not from the one that it was told to begin with.
+    if [ "$restarts" -eq 0 ]; then RESUME=${RESUME:-latest}; else RESUME=latest; fi
     attempt="$SLURM_JOB_ID.$restarts"
     # Below the range that kernels hand out, another one after each restart, the same on every node.
     export MASTER_ADDR MASTER_PORT

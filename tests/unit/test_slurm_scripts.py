@@ -35,7 +35,7 @@ def _run(script: str, folder: Path, *arguments: str, **variables: str) -> list[s
     command = ["bash", str(REPOSITORY / "slurm" / script), *arguments]
     done = subprocess.run(command, env=environment, cwd=REPOSITORY, text=True, capture_output=True, timeout=60)
     assert done.returncode == 0, done.stdout + done.stderr
-    return [path.read_text(encoding="utf-8").strip() for path in sorted(folder.glob("out/logs/job-7.0/rank*.log"))]
+    return [path.read_text(encoding="utf-8").strip() for path in sorted(folder.glob("out/logs/job-7.?/rank*.log"))]
 
 
 def test_a_fit_reads_on_every_rank_and_may_partition_the_model(tmp_path):
@@ -53,6 +53,16 @@ def test_activations_in_a_folder_of_ones_own_stay(tmp_path):
     said = _run("fit_transform.sh", tmp_path, ACTIVATIONS=str(tmp_path / "own"))
     assert all(f"--activations {tmp_path}/own" in line for line in said)
     assert (tmp_path / "own").exists()
+
+
+@pytest.mark.parametrize(("restarts", "begins_with"), [("0", "out/checkpoint-000005"), ("1", "latest")])
+@pytest.mark.parametrize("script", ["train_8b.sh", "train_70b.sh"])
+def test_a_named_checkpoint_is_for_the_first_start_alone(script, restarts, begins_with, tmp_path):
+    (tmp_path / "out").mkdir()
+    ended = f'{{"attempt": "7.{restarts}", "state": "finished"}}'
+    (tmp_path / "out/run_state.json").write_text(ended, encoding="utf-8")
+    said = _run(script, tmp_path, RESUME="out/checkpoint-000005", SLURM_RESTART_COUNT=restarts)
+    assert len(said) == 2 and all(f"--resume_from_checkpoint {begins_with} " in line for line in said)
 
 
 @pytest.mark.parametrize("script", sorted(path.name for path in (REPOSITORY / "slurm").glob("[!c]*.sh")))
